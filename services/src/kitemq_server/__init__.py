@@ -1,0 +1,1 @@
+"""Namesrv and broker of KiteMQ."""

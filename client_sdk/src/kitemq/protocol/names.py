@@ -65,7 +65,9 @@ def is_system_topic(topic: str) -> bool:
 
 def check_topic(topic: str) -> None:
     """Raises InvalidRequestError unless `topic` is a legal topic name."""
-    _check_name("topic", topic, SYSTEM_TOPIC_CHARS_MAX if topic.startswith((RETRY_PREFIX, DLQ_PREFIX)) else TOPIC_CHARS_MAX)
+    _check_name(
+        "topic", topic, SYSTEM_TOPIC_CHARS_MAX if topic.startswith((RETRY_PREFIX, DLQ_PREFIX)) else TOPIC_CHARS_MAX
+    )
 
 
 def check_group(group: str, *, kind: str = "group") -> None:

@@ -142,6 +142,4 @@ def encode_attributes(
 
 def encode_identity(*, born_timestamp_ms: int, producer_instance: int, sequence: int) -> bytes:
     """The fixed-size end of the producer's part. Always last, so that a new sequence can replace the last 8 bytes."""
-    return _IDENTITY.pack(
-        _BORN_KEY, born_timestamp_ms, _INSTANCE_KEY, producer_instance, _SEQUENCE_KEY, sequence
-    )
+    return _IDENTITY.pack(_BORN_KEY, born_timestamp_ms, _INSTANCE_KEY, producer_instance, _SEQUENCE_KEY, sequence)

@@ -41,11 +41,16 @@ class BrokerAddress:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """A topic's queues, and where their brokers are. Queues are sorted."""
+    """A topic's queues, and where their brokers are.
+
+    Queues are sorted. ordered: the queues of the topic's order configuration, there even while a broker is away; empty
+    where the topic has none.
+    """
 
     topic: str
     writable: tuple[MessageQueue, ...] = ()
     readable: tuple[MessageQueue, ...] = ()
+    ordered: tuple[MessageQueue, ...] = ()
     inheritable: bool = False
     brokers: dict[str, tuple[BrokerAddress, ...]] = field(default_factory=dict)
 
@@ -84,7 +89,24 @@ def route_from_proto(message: namesrv_pb2.TopicRoute) -> Route:
             inheritable = inheritable or bool(queues.permission & PERMISSION_INHERIT)
         if queues.permission & PERMISSION_READ and members:
             readable += [MessageQueue(message.topic, name, i) for i in range(queues.read_queue_count)]
-    return Route(message.topic, tuple(sorted(writable)), tuple(sorted(readable)), inheritable, brokers)
+    return Route(
+        topic=message.topic,
+        writable=tuple(sorted(writable)),
+        readable=tuple(sorted(readable)),
+        ordered=_ordered_queues(message.topic, message.order_config),
+        inheritable=inheritable,
+        brokers=brokers,
+    )
+
+
+def _ordered_queues(topic: str, order_config: str) -> tuple[MessageQueue, ...]:
+    """ "brokerA:4;brokerB:2" as queues; what does not parse is left out."""
+    queues: list[MessageQueue] = []
+    for item in order_config.split(";"):
+        broker_name, _, count = item.strip().rpartition(":")
+        if broker_name and count.isdigit():
+            queues += [MessageQueue(topic, broker_name, queue_id) for queue_id in range(int(count))]
+    return tuple(queues)
 
 
 class Namesrvs:

@@ -10,6 +10,7 @@ import os
 import secrets
 import socket
 import weakref
+from collections.abc import Awaitable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -68,7 +69,7 @@ class TlsConfig:
 class UnaryMethod(Protocol[RequestT, ResponseT]):
     """A unary method of a generated async stub."""
 
-    async def __call__(self, request: RequestT, *, timeout: float | None = None) -> ResponseT: ...
+    def __call__(self, request: RequestT, *, timeout: float | None = None) -> Awaitable[ResponseT]: ...
 
 
 class _Shared:

@@ -54,11 +54,12 @@ EPOCH_FROM_END = 26
 U32 = struct.Struct("<I")
 U64 = struct.Struct("<Q")
 
-_IDENTITY = struct.Struct("<BQBQBQ")
-IDENTITY_BYTES = _IDENTITY.size
-_BORN_KEY = 0x39
-_INSTANCE_KEY = 0x41
-_SEQUENCE_KEY = 0x49
+# (producer_instance, sequence): the last fields of an SDK's producer's part, so that a sender can number late.
+IDENTITY = struct.Struct("<BQBQ")
+INSTANCE_KEY = 0x41
+SEQUENCE_KEY = 0x49
+BORN = struct.Struct("<BQ")
+BORN_KEY = 0x39
 
 
 @lru_cache(maxsize=8192)
@@ -138,8 +139,3 @@ def encode_attributes(
     if sys_flag:
         parts.append(b"\x65" + U32.pack(sys_flag))
     return b"".join(parts)
-
-
-def encode_identity(*, born_timestamp_ms: int, producer_instance: int, sequence: int) -> bytes:
-    """The fixed-size end of the producer's part. Always last, so that a new sequence can replace the last 8 bytes."""
-    return _IDENTITY.pack(_BORN_KEY, born_timestamp_ms, _INSTANCE_KEY, producer_instance, _SEQUENCE_KEY, sequence)

@@ -1,0 +1,136 @@
+"""What waits to be sent to each queue. No I/O, no clock of its own: plain state that the sender drives.
+
+Source: the split into API, accumulator and sender is aiokafka's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import TYPE_CHECKING
+
+from kitemq.message import MessageQueue
+from kitemq.proto.v1 import broker_pb2
+from kitemq.protocol.record import IDENTITY, INSTANCE_KEY, SEQUENCE_KEY, frame_header
+
+if TYPE_CHECKING:
+    from kitemq.producer.publisher import Publisher
+
+BATCH_MESSAGES_MAX = 1024
+REQUEST_BYTES_MAX = 1024 * 1024
+IDENTITY_BYTES = IDENTITY.size
+
+
+class Entry:
+    """Messages that travel and are answered together: one of `send`, or a slice of `send_batch`.
+
+    parts: encoded messages without their sequence. bound: must stay in its queue. sent: written to a stream at least
+    once, so its outcome may be unknown. alone: must not share a batch (its last one was refused as a whole).
+    """
+
+    __slots__ = (
+        "alone",
+        "body_bytes",
+        "bound",
+        "deadline",
+        "first_sequence",
+        "future",
+        "last_error",
+        "message_ids",
+        "parts",
+        "publisher",
+        "sent",
+    )
+
+    def __init__(
+        self,
+        *,
+        parts: list[bytes],
+        message_ids: list[str],
+        body_bytes: int,
+        future: asyncio.Future[object] | None,
+        deadline: float,
+        bound: bool,
+        publisher: Publisher,
+    ) -> None:
+        self.parts = parts
+        self.message_ids = message_ids
+        self.body_bytes = body_bytes
+        self.future = future
+        self.deadline = deadline
+        self.bound = bound
+        self.publisher = publisher
+        self.first_sequence = 0
+        self.sent = False
+        self.alone = False
+        self.last_error: BaseException | None = None
+
+
+class QueueState:
+    """One queue's waiting entries, and what the broker must be told about their order."""
+
+    __slots__ = ("blocked", "in_flight", "next_sequence", "pending", "queue", "refused", "resume")
+
+    def __init__(self, queue: MessageQueue) -> None:
+        self.queue = queue
+        self.pending: deque[Entry] = deque()
+        self.next_sequence = 1
+        self.in_flight = 0  # batches
+        self.refused: list[Entry] = []  # refused, in order; to go first again once nothing is in flight
+        self.resume = False
+        self.blocked = False  # waits for a back-off, or for what is in flight behind a refusal
+
+    def take(self, bytes_left: int) -> tuple[list[Entry], int]:
+        """The next entries for one batch: at least one, then as many as fit. Returns them and their bytes."""
+        pending = self.pending
+        entries: list[Entry] = []
+        count = size = 0
+        while pending:
+            entry = pending[0]
+            first = entry.first_sequence or self.next_sequence
+            if entries and (
+                size + entry.body_bytes > bytes_left
+                or count + len(entry.parts) > BATCH_MESSAGES_MAX
+                or entry.alone
+                or entries[-1].alone
+                or first != entries[-1].first_sequence + len(entries[-1].parts)  # one was moved or given up between
+            ):
+                break
+            pending.popleft()
+            if not entry.first_sequence:
+                entry.first_sequence = first
+                self.next_sequence = first + len(entry.parts)
+            entries.append(entry)
+            count += len(entry.parts)
+            size += entry.body_bytes
+        return entries, size
+
+    def put_back(self, entries: list[Entry]) -> None:
+        """Entries that must be sent again, in order, before everything that waits."""
+        self.pending.extendleft(reversed(entries))
+        self.resume = True
+
+
+def encode_batch(state: QueueState, entries: list[Entry], *, instance: int, queue_count: int) -> broker_pb2.QueueBatch:
+    """The entries as one QueueBatch, numbered."""
+    records: list[bytes] = []
+    sizes: list[int] = []
+    pack = IDENTITY.pack
+    for entry in entries:
+        sequence = entry.first_sequence
+        for part in entry.parts:
+            size = len(part) + IDENTITY_BYTES
+            sizes.append(size)
+            records += (frame_header(size), part, pack(INSTANCE_KEY, instance, SEQUENCE_KEY, sequence))
+            sequence += 1
+    queue = state.queue
+    batch = broker_pb2.QueueBatch(
+        topic=queue.topic,
+        queue_id=queue.queue_id,
+        records=b"".join(records),
+        sizes=sizes,
+        resume=state.resume,
+        default_topic_queue_count=queue_count,
+    )
+    state.resume = False
+    return batch

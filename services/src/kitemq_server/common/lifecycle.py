@@ -1,0 +1,65 @@
+"""A process from its first signal handler to its exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import Awaitable, Callable
+
+from kitemq_server.common.config import ConfigError
+from kitemq_server.common.serving import ServeError
+
+logger = logging.getLogger(__name__)
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+# As a shell reports a process that SIGINT ended.
+EXIT_INTERRUPTED = 130
+
+
+def run(service: Callable[[asyncio.Event], Awaitable[None]]) -> int:
+    """Run `service` until it returns, and say with which code the process should exit.
+
+    service: gets an event that SIGTERM or SIGINT sets, upon which it stops cleanly. A second signal ends the process
+    at once. An exception out of `service` is logged: one line for what an operator can mend, else with its traceback.
+    """
+    return asyncio.run(_run(service))
+
+
+async def _run(service: Callable[[asyncio.Event], Awaitable[None]]) -> int:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def on_signal(signum: signal.Signals) -> None:
+        if stop.is_set():
+            # Nothing that is still being written is acknowledged, so this is a crash that the next start recovers from.
+            os._exit(EXIT_INTERRUPTED)
+        logger.info("stopping signal=%s (again to stop at once)", signum.name)
+        stop.set()
+
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, on_signal, signum)
+    try:
+        await service(stop)
+    except Exception as error:
+        return _report(error)
+    finally:
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(signum)
+    return EXIT_OK
+
+
+def _report(error: Exception) -> int:
+    while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    if isinstance(error, ConfigError):
+        logger.error("%s", error)
+        return EXIT_USAGE
+    if isinstance(error, (ServeError, OSError)):
+        logger.error("%s", error)
+    else:
+        logger.error("failed", exc_info=error)
+    return EXIT_FAILED

@@ -1,0 +1,1 @@
+"""The route registry: which brokers there are, and which topics they serve."""

@@ -7,31 +7,45 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from kitemq.message import MessageQueue
+from kitemq.errors import KiteMQError
+from kitemq.message import Message, MessageQueue, SendReceipt
+from kitemq.producer.selector import QueueSelector
 from kitemq.proto.v1 import broker_pb2
 from kitemq.protocol.record import IDENTITY, INSTANCE_KEY, SEQUENCE_KEY, frame_header
 
 if TYPE_CHECKING:
     from kitemq.producer.publisher import Publisher
+    from kitemq.producer.sender import BrokerSender
 
 BATCH_MESSAGES_MAX = 1024
 REQUEST_BYTES_MAX = 1024 * 1024
 IDENTITY_BYTES = IDENTITY.size
 
 
+class Wish(NamedTuple):
+    """What a send asks of its queue. Any of the first three binds the messages to what it chooses."""
+
+    queue: MessageQueue | None = None
+    sharding_key: str = ""
+    selector: QueueSelector | None = None
+    message: Message | None = None
+
+
+ANY_QUEUE = Wish()
+
+
 class Entry:
     """Messages that travel and are answered together: one of `send`, or a slice of `send_batch`.
 
-    parts: encoded messages without their sequence. bound: must stay in its queue. sent: written to a stream at least
-    once, so its outcome may be unknown. alone: must not share a batch (its last one was refused as a whole).
+    parts: encoded messages without their sequence. sent: written to a stream at least once, so its outcome may be
+    unknown. alone: must not share a batch (its last one was refused as a whole).
     """
 
     __slots__ = (
         "alone",
         "body_bytes",
-        "bound",
         "deadline",
         "first_sequence",
         "future",
@@ -40,17 +54,17 @@ class Entry:
         "parts",
         "publisher",
         "sent",
+        "wish",
     )
 
     def __init__(
         self,
-        *,
         parts: list[bytes],
         message_ids: list[str],
         body_bytes: int,
-        future: asyncio.Future[object] | None,
+        future: asyncio.Future[list[SendReceipt]] | None,
         deadline: float,
-        bound: bool,
+        wish: Wish,
         publisher: Publisher,
     ) -> None:
         self.parts = parts
@@ -58,21 +72,26 @@ class Entry:
         self.body_bytes = body_bytes
         self.future = future
         self.deadline = deadline
-        self.bound = bound
+        self.wish = wish
         self.publisher = publisher
         self.first_sequence = 0
         self.sent = False
         self.alone = False
-        self.last_error: BaseException | None = None
+        self.last_error: KiteMQError | None = None
+
+    @property
+    def bound(self) -> bool:
+        return self.wish is not ANY_QUEUE
 
 
 class QueueState:
     """One queue's waiting entries, and what the broker must be told about their order."""
 
-    __slots__ = ("blocked", "in_flight", "next_sequence", "pending", "queue", "refused", "resume")
+    __slots__ = ("blocked", "in_flight", "next_sequence", "pending", "queue", "refused", "resume", "sender")
 
-    def __init__(self, queue: MessageQueue) -> None:
+    def __init__(self, queue: MessageQueue, sender: BrokerSender) -> None:
         self.queue = queue
+        self.sender = sender
         self.pending: deque[Entry] = deque()
         self.next_sequence = 1
         self.in_flight = 0  # batches

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import AsyncExitStack
+from time import monotonic
 from typing import Any, Self
 
 from kitemq.compression import Compression
@@ -19,18 +19,17 @@ from kitemq.errors import (
     InvalidRequestError,
     KiteMQError,
     RequestTimeoutError,
-    TopicNotFoundError,
 )
 from kitemq.message import SEND_STATUSES, Message, MessageQueue, SendReceipt
-from kitemq.producer.accumulator import BATCH_MESSAGES_MAX, REQUEST_BYTES_MAX, Entry, QueueState
+from kitemq.producer.accumulator import ANY_QUEUE, BATCH_MESSAGES_MAX, REQUEST_BYTES_MAX, Entry, QueueState, Wish
 from kitemq.producer.encoding import MessageEncoder
 from kitemq.producer.heartbeat import ProducerHeartbeat
 from kitemq.producer.hooks import SendHook
-from kitemq.producer.publisher import Publisher
+from kitemq.producer.publisher import Publishers
 from kitemq.producer.selector import BrokerFaults, QueueSelector, select_by_key
 from kitemq.producer.sender import BrokerSender, SenderSettings, Sends
 from kitemq.proto.v1 import broker_pb2
-from kitemq.protocol.names import DEFAULT_TOPIC, check_group
+from kitemq.protocol.names import check_group
 from kitemq.route import RouteCache, open_route_cache
 from kitemq.rpc import Channels, TlsConfig, new_client_id, parse_addresses
 
@@ -92,15 +91,15 @@ class Producer(Sends):
             retry_elsewhere=retry_elsewhere,
         )
         self._faults = BrokerFaults(latency_enable=latency_isolation)
-        self._publishers: dict[str, Publisher] = {}
         self._senders: dict[str, BrokerSender] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._buffered_bytes = 0
-        self._waiting: deque[tuple[Publisher, Entry, MessageQueue | None, str]] = deque()
+        self._waiting: deque[Entry] = deque()
         self._open = False
         self._used = False
         self._stack = AsyncExitStack()
         self._routes: RouteCache
+        self._publishers: Publishers
         self._channels: Channels
         self._loop: asyncio.AbstractEventLoop
         self._idle: asyncio.Event
@@ -115,7 +114,13 @@ class Producer(Sends):
         self._channels = Channels(tls=self._tls)
         self._stack.push_async_callback(self._channels.close)
         self._routes = await self._stack.enter_async_context(open_route_cache(self._addresses, self._channels))
-        self._routes.add_listener(self._route_changed)
+        self._publishers = Publishers(
+            self._routes,
+            place=self._place,
+            fail=self._fail,
+            spawn=self._spawn,
+            default_queue_count=self._settings.default_topic_queue_count,
+        )
         heartbeat = ProducerHeartbeat(self.client_id, self.group, self._channels, self._masters)
         self._spawn(heartbeat.run(), "producer heartbeat")
         self._heartbeat = heartbeat
@@ -154,9 +159,8 @@ class Producer(Sends):
 
     def _outstanding(self) -> list[Entry]:
         found = [entry for sender in self._senders.values() for entry in sender.entries()]
-        found += [entry for _, entry, _, _ in self._waiting]
-        for publisher in self._publishers.values():
-            found += [entry for entry, _, _ in publisher.parked]
+        found += self._waiting
+        found += self._publishers.parked()
         return found
 
     # ---- what users call ----
@@ -177,11 +181,8 @@ class Producer(Sends):
         Raises InvalidMessageError, TopicNotFoundError, PermissionDeniedError at once; RequestTimeoutError when the time
         is over (the message may or may not be stored unless it says "not stored"); ClientClosedError.
         """
-        future: asyncio.Future[Any] = self._start_send([message], sharding_key, queue, selector, timeout_s)
-        if not self._hooks:
-            receipts: list[SendReceipt] = await future
-            return receipts[0]
-        return (await self._hooked([message], future))[0]
+        future = self.start_send([message], sharding_key, queue, selector, timeout_s)
+        return (await future)[0]
 
     async def send_batch(
         self,
@@ -204,14 +205,14 @@ class Producer(Sends):
             raise InvalidMessageError("all messages of a batch must have the same topic", topic=topic)
         slices = list(_slices(messages))
         if len(slices) > 1 and queue is None and not sharding_key:  # all parts to one queue
-            publisher = self._publisher(topic)
+            publisher = self._publishers.get(topic)
             await publisher.ready()
             queue = selector(publisher.queues, messages[0]) if selector else publisher.next_queue(None)
-        futures = [self._start_send(part, sharding_key, queue, selector, timeout_s) for part in slices]
+        futures = [self.start_send(part, sharding_key, queue, selector, timeout_s) for part in slices]
         receipts: list[SendReceipt] = []
         try:
-            for part, future in zip(slices, futures, strict=True):
-                receipts += await (self._hooked(part, future) if self._hooks else future)
+            for future in futures:
+                receipts += await future
         finally:
             for future in futures:
                 if future.done() and not future.cancelled():
@@ -228,7 +229,7 @@ class Producer(Sends):
                 f"{self._buffered_bytes} bytes wait to be sent: slow down, or use send(), which waits",
                 topic=message.topic,
             )
-        self._start_send([message], sharding_key, queue, None, None, answer=False)
+        self.start_send([message], sharding_key, queue, None, None, answer=False)
 
     async def flush(self) -> None:
         """Wait until everything sent so far is stored or given up."""
@@ -236,7 +237,7 @@ class Producer(Sends):
 
     # ---- from a message to its queue ----
 
-    def _start_send(
+    def start_send(
         self,
         messages: Sequence[Message],
         sharding_key: str,
@@ -245,63 +246,74 @@ class Producer(Sends):
         timeout_s: float | None,
         *,
         answer: bool = True,
-    ) -> asyncio.Future[Any]:
+    ) -> asyncio.Future[list[SendReceipt]]:
+        """Begin to send messages of one topic, at most one request's worth. A plain function, for callers on the loop.
+
+        The future is done with one receipt each. Without `answer` it never is, and errors are only logged.
+        """
         if not self._open:
             raise ClientClosedError("the producer is not open: use it inside 'async with'")
         for hook in self._hooks:
             messages = [hook.before_send(message) for message in messages]
-        topic = messages[0].topic
-        publisher = self._publishers.get(topic) or self._publisher(topic)
-        parts: list[bytes] = []
-        ids: list[str] = []
-        size = 0
-        for message in messages:
-            part, message_id = self._encoder.encode(message, sharding_key)
-            parts.append(part)
-            ids.append(message_id)
-            size += len(part)
-        if selector is not None and queue is None:
-            if publisher.queues:
-                queue = selector(publisher.queues, messages[0])
-            else:
-                publisher.selectors[ids[0]] = (selector, messages[0])
-        future: asyncio.Future[Any] = self._loop.create_future()
-        entry = Entry(
-            parts=parts,
-            message_ids=ids,
-            body_bytes=size,
-            future=future if answer else None,
-            deadline=self._loop.time() + (timeout_s or self._delivery_timeout_s),
-            bound=queue is not None or selector is not None or sharding_key != "",
-            publisher=publisher,
-        )
-        if self._waiting or (self._buffered_bytes + size > self._buffer_bytes_max and self._buffered_bytes):
-            self._waiting.append((publisher, entry, queue, sharding_key))
-            self._idle.clear()
+        publisher = self._publishers.get(messages[0].topic)
+        encode = self._encoder.encode
+        if len(messages) == 1:  # the hot path: no comprehensions
+            part, message_id = encode(messages[0], sharding_key)
+            parts, message_ids, size = [part], [message_id], len(part)
         else:
-            self._admit(publisher, entry, queue, sharding_key)
+            encoded = [encode(message, sharding_key) for message in messages]
+            parts = [part for part, _ in encoded]
+            message_ids = [message_id for _, message_id in encoded]
+            size = sum(map(len, parts))
+        wish = ANY_QUEUE
+        if queue is not None or sharding_key or selector is not None:
+            wish = Wish(queue, sharding_key, selector, messages[0])
+        future: asyncio.Future[list[SendReceipt]] = self._loop.create_future()
+        entry = Entry(
+            parts,
+            message_ids,
+            size,
+            future if answer else None,
+            monotonic() + (timeout_s or self._delivery_timeout_s),
+            wish,
+            publisher,
+        )
+        if self._hooks:
+            future.add_done_callback(lambda done: self._after_send(messages, done))
+        if self._waiting or (self._buffered_bytes and self._buffered_bytes + size > self._buffer_bytes_max):
+            self._waiting.append(entry)
+        else:
+            self._admit(entry)
         return future
 
-    def _admit(self, publisher: Publisher, entry: Entry, queue: MessageQueue | None, sharding_key: str) -> None:
+    def _admit(self, entry: Entry) -> None:
         if not self._buffered_bytes:
             self._idle.clear()
         self._buffered_bytes += entry.body_bytes
-        if publisher.queues or queue is not None:
-            self._place(publisher, entry, queue, sharding_key)
+        if entry.publisher.queues or entry.wish.queue is not None:
+            self._place(entry)
         else:
-            publisher.parked.append((entry, queue, sharding_key))
+            entry.publisher.parked.append(entry)
 
-    def _place(self, publisher: Publisher, entry: Entry, queue: MessageQueue | None, sharding_key: str) -> None:
-        if queue is not None:
-            state = self._state(queue)
-        elif sharding_key:
-            state = self._state(select_by_key(publisher.ordered or publisher.queues, sharding_key))
+    def _place(self, entry: Entry) -> None:
+        """Put the entry into its queue's waiting room. The topic's queues are known."""
+        publisher = entry.publisher
+        wish = entry.wish
+        if wish is ANY_QUEUE:
+            state = publisher.current
+            if state is None or not 0 < len(state.pending) < publisher.run_messages or self._faults:
+                state = publisher.current = self._state(publisher.next_queue(self._usable if self._faults else None))
+        elif wish.queue is not None:
+            state = self._state(wish.queue)
+        elif wish.selector is not None and wish.message is not None:
+            try:
+                state = self._state(wish.selector(publisher.queues, wish.message))
+            except Exception as error:  # the user's code: its error is the send's
+                self._fail(entry, error)
+                return
         else:
-            current = publisher.current
-            if current is None or not 0 < len(current.pending) < publisher.run_messages or self._faults:
-                current = publisher.current = self._state(publisher.next_queue(self._usable if self._faults else None))
-            state = current
-        self._senders[state.queue.broker_name].submit(entry, state)
+            state = self._state(select_by_key(publisher.ordered or publisher.queues, wish.sharding_key))
+        state.sender.submit(entry, state)
 
     def _usable(self, broker_name: str) -> bool:
         return self._faults.usable(broker_name, self._loop.time() * 1000)
@@ -311,7 +323,7 @@ class Producer(Sends):
         if sender is None:
             sender = BrokerSender(
                 queue.broker_name,
-                address_of=self._address_of,
+                address_of=self._publishers.master,
                 channels=self._channels,
                 settings=self._settings,
                 sends=self,
@@ -320,111 +332,9 @@ class Producer(Sends):
             self._spawn(sender.run(), f"send to {queue.broker_name}")
         return sender.state(queue)
 
-    def _address_of(self, broker_name: str) -> str | None:
-        for publisher in self._publishers.values():
-            route = publisher.route
-            if route is not None and broker_name in route.brokers:
-                return route.master(broker_name)
-        return None
-
     def _masters(self) -> set[str]:
-        addresses = (self._address_of(name) for name in self._senders)
+        addresses = (self._publishers.master(name) for name in self._senders)
         return {address for address in addresses if address is not None}
-
-    # ---- routes ----
-
-    def _publisher(self, topic: str) -> Publisher:
-        publisher = self._publishers.get(topic)
-        if publisher is None:
-            publisher = self._publishers[topic] = Publisher(topic, random.randrange(1 << 16))
-            self._spawn(self._find_route(publisher), f"route of {topic}")
-        return publisher
-
-    async def _find_route(self, publisher: Publisher) -> None:
-        """Until the topic has writable queues, or waiting for them makes no sense."""
-        delay_s = 0.1
-        while self._open or publisher.parked:
-            try:
-                await self._set_route(publisher)
-                if publisher.queues:
-                    return
-                error: KiteMQError = BrokerUnavailableError("no broker of the topic is writable", topic=publisher.topic)
-            except TopicNotFoundError as refusal:
-                self._give_up(publisher, refusal)
-                return
-            except KiteMQError as refusal:
-                error = refusal
-            now = self._loop.time()
-            for item in list(publisher.parked):
-                item[0].last_error = error
-                if item[0].deadline <= now + delay_s:
-                    publisher.parked.remove(item)
-                    self.failed(item[0], error)
-            if not publisher.parked:
-                self._forget(publisher)
-                return
-            await asyncio.sleep(delay_s)
-            delay_s = min(1.0, delay_s * 2)
-
-    async def _set_route(self, publisher: Publisher) -> None:
-        try:
-            route = await self._routes.get(publisher.topic, refresh=publisher.route is not None)
-        except TopicNotFoundError as missing:
-            try:
-                default = await self._routes.get(DEFAULT_TOPIC)
-            except TopicNotFoundError:
-                default = None
-            if default is None or not default.inheritable:
-                raise TopicNotFoundError(
-                    f"topic {publisher.topic!r} does not exist: create it with 'kitemq topic create {publisher.topic}'",
-                    topic=publisher.topic,
-                    address=missing.address,
-                ) from None
-            publisher.use_default(default, self._settings.default_topic_queue_count)
-        else:
-            publisher.use(route)
-        if publisher.queues:
-            self._unpark(publisher)
-
-    def _unpark(self, publisher: Publisher) -> None:
-        parked, publisher.parked = publisher.parked, deque()
-        for entry, queue, sharding_key in parked:
-            chosen = publisher.selectors.pop(entry.message_ids[0], None)
-            if chosen is not None:
-                selector, message = chosen
-                try:
-                    queue = selector(publisher.queues, message)
-                except Exception as error:
-                    self._fail(entry, error)
-                    continue
-            self._place(publisher, entry, queue, sharding_key)
-        publisher.set_ready()
-
-    def _give_up(self, publisher: Publisher, error: KiteMQError) -> None:
-        parked, publisher.parked = publisher.parked, deque()
-        self._forget(publisher)
-        for entry, _, _ in parked:
-            self.failed(entry, error)
-
-    def _forget(self, publisher: Publisher) -> None:
-        """The next send of this topic asks again."""
-        self._publishers.pop(publisher.topic, None)
-        publisher.fail_ready(TopicNotFoundError(f"topic {publisher.topic!r} has no route", topic=publisher.topic))
-
-    def _route_changed(self, route: Any) -> None:
-        publisher = self._publishers.get(route.topic)
-        if publisher is not None and (route.writable or route.readable):
-            publisher.use(route)
-            if publisher.queues:
-                self._unpark(publisher)
-
-    async def _refresh_routes(self, broker_name: str) -> None:
-        for publisher in list(self._publishers.values()):
-            if publisher.route is not None and broker_name in publisher.route.brokers:
-                try:
-                    await self._set_route(publisher)
-                except KiteMQError as error:
-                    logger.debug("producer: no new route topic=%s error=%s", publisher.topic, error)
 
     # ---- what senders report ----
 
@@ -445,7 +355,11 @@ class Producer(Sends):
             future = entry.future
             if offsets is None:
                 ids = entry.message_ids
-                if future is not None and not future.done():
+                if future is None or future.done():
+                    pass
+                elif len(ids) == 1:
+                    future.set_result([SendReceipt(status, ids[0], queue, offset, stored_ms, repeated)])
+                else:
                     future.set_result(
                         [
                             SendReceipt(status, message_id, queue, number, stored_ms, repeated)
@@ -468,7 +382,6 @@ class Producer(Sends):
         self._fail(entry, error)
 
     def _fail(self, entry: Entry, error: Exception) -> None:
-        entry.publisher.selectors.pop(entry.message_ids[0], None)
         if entry.future is not None and not entry.future.done():
             entry.future.set_exception(error)
         elif entry.future is None:
@@ -483,7 +396,7 @@ class Producer(Sends):
         entry.first_sequence = 0
         entry.sent = False
         target = self._state(queue)
-        self._senders[queue.broker_name].submit(entry, target)
+        target.sender.submit(entry, target)
         return True
 
     def broker_failed(self, broker_name: str, error: KiteMQError) -> None:
@@ -491,18 +404,17 @@ class Producer(Sends):
         if isinstance(error, (BrokerUnavailableError, RequestTimeoutError)):
             self._routes.unreachable(broker_name)
         if error.refresh_route:
-            self._spawn(self._refresh_routes(broker_name), f"routes after {type(error).__name__}")
+            self._spawn(self._publishers.refresh(broker_name), f"routes after {type(error).__name__}")
 
     def _release(self, size: int) -> None:
         self._buffered_bytes -= size
         waiting = self._waiting
         while waiting and (
-            self._buffered_bytes + waiting[0][1].body_bytes <= self._buffer_bytes_max or not self._buffered_bytes
+            self._buffered_bytes + waiting[0].body_bytes <= self._buffer_bytes_max or not self._buffered_bytes
         ):
-            publisher, entry, queue, sharding_key = waiting.popleft()
-            if entry.future is not None and entry.future.done():
-                continue  # its caller has gone
-            self._admit(publisher, entry, queue, sharding_key)
+            entry = waiting.popleft()
+            if entry.future is None or not entry.future.done():  # else its caller has gone
+                self._admit(entry)
         if not self._buffered_bytes and not waiting:
             self._idle.set()
 
@@ -526,18 +438,9 @@ class Producer(Sends):
                 )
         self._open = False
 
-    async def _hooked(self, messages: Sequence[Message], future: asyncio.Future[Any]) -> list[SendReceipt]:
-        try:
-            receipts: list[SendReceipt] = await future
-        except BaseException as error:
-            self._after(messages, [None] * len(messages), error)
-            raise
-        self._after(messages, receipts, None)
-        return receipts
-
-    def _after(
-        self, messages: Sequence[Message], receipts: Sequence[SendReceipt | None], error: BaseException | None
-    ) -> None:
+    def _after_send(self, messages: Sequence[Message], done: asyncio.Future[list[SendReceipt]]) -> None:
+        error = asyncio.CancelledError() if done.cancelled() else done.exception()
+        receipts: Sequence[SendReceipt | None] = [None] * len(messages) if error else done.result()
         for message, receipt in zip(messages, receipts, strict=True):
             for hook in self._hooks:
                 try:

@@ -13,6 +13,7 @@ import random
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from time import monotonic
 from typing import Any
 
 import grpc.aio
@@ -113,7 +114,7 @@ class BrokerSender:
         """The queue's waiting room."""
         state = self._states.get(queue)
         if state is None:
-            state = self._states[queue] = QueueState(queue)
+            state = self._states[queue] = QueueState(queue, self)
         return state
 
     def submit(self, entry: Entry, state: QueueState) -> None:
@@ -262,7 +263,7 @@ class BrokerSender:
             return None
         number = self._next_number
         self._next_number = number + 1
-        self._requests[number] = _Request(batches, self._loop.time())
+        self._requests[number] = _Request(batches, monotonic())
         for _, entries in batches:
             for entry in entries:
                 entry.sent = True
@@ -273,7 +274,7 @@ class BrokerSender:
         if request is None:
             logger.warning("send: answer to unknown request broker=%s number=%d", self.broker_name, result.number)
             return
-        elapsed_s = self._loop.time() - request.sent_at
+        elapsed_s = monotonic() - request.sent_at
         for (state, entries), batch in zip(request.batches, result.batches, strict=True):
             state.in_flight -= 1
             if batch.HasField("error"):
@@ -305,7 +306,7 @@ class BrokerSender:
     def _resume_later(self, state: QueueState) -> None:
         """Everything in flight behind the refusal has come back: move what may move, send the rest again in order."""
         refused, state.refused = state.refused, []
-        causes = [entry.last_error for entry in refused if isinstance(entry.last_error, KiteMQError)]
+        causes = [entry.last_error for entry in refused if entry.last_error is not None]
         cause = next((error for error in causes if error.retriable), None)
         stay = refused
         if cause is not None:
@@ -368,7 +369,7 @@ class BrokerSender:
 
     def _tick(self) -> None:
         """Ten times a second while anything waits: give up what is over its time, break a silent stream."""
-        now = self._loop.time()
+        now = monotonic()
         busy = bool(self._requests)
         for request in self._requests.values():
             if now - request.sent_at > self._settings.request_timeout_s and self._stream is not None:
@@ -390,7 +391,7 @@ class BrokerSender:
             if entry.deadline > now:
                 keep.append(entry)
                 continue
-            cause = f": {entry.last_error}" if entry.last_error is not None else ""
+            cause = f": {entry.last_error.message}" if entry.last_error is not None else ""
             if entry.sent:
                 text = f"delivery timed out, the message may or may not be stored{cause}"
             else:

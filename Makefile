@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PROTOS := $(shell cd proto && find kitemq -name '*.proto' | sort)
+SERVICES := $(shell cd proto && grep -l '^service' $(PROTOS))
+PROTOC = $(BIN)/python -m grpc_tools.protoc -I proto --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy \
+	--plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc
 
 .PHONY: help env demo test check format stubs clean
 
@@ -19,10 +22,22 @@ $(READY): requirements-dev.txt client_sdk/pyproject.toml services/pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e ./client_sdk -e ./services
 	touch $@
 
-stubs: $(READY) ## Generate the protobuf stubs
-	$(BIN)/python -m grpc_tools.protoc -I proto --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
-		--python_out=$(OUT) --mypy_out=quiet:$(OUT) --grpc_python_out=$(OUT) --mypy_grpc_out=quiet:$(OUT) $(PROTOS)
 stubs: OUT ?= client_sdk/src
+stubs: $(READY) ## Generate the protobuf stubs
+	mkdir -p $(OUT)
+	$(PROTOC) --python_out=$(OUT) --mypy_out=quiet:$(OUT) $(PROTOS)
+	$(PROTOC) --grpc_python_out=$(OUT) --mypy_grpc_out=quiet:$(OUT) $(SERVICES)
+
+check: $(READY) ## Format, lint, types, layers, stubs
+	$(BIN)/ruff format --check -q .
+	$(BIN)/ruff check -q .
+	$(BIN)/mypy client_sdk/src services/src tests examples
+	$(BIN)/lint-imports
+	rm -rf build/stubs && $(MAKE) -s stubs OUT=build/stubs && for file in $$(cd build/stubs && find . -name '*.py*'); do \
+		diff -q build/stubs/$$file client_sdk/src/$$file || { echo "stale stubs: run 'make stubs'"; exit 1; }; done
+
+test: check ## Every check and test
+	$(BIN)/pytest -q
 
 format: $(READY) ## Format the code
 	$(BIN)/ruff format -q . && $(BIN)/ruff check -q --fix .

@@ -15,7 +15,7 @@ import grpc
 import grpc.aio
 
 from kitemq.errors import KiteMQError, OutOfOrderError, error_to_stream
-from kitemq.proto.v1 import broker_pb2, message_pb2, namesrv_pb2, namesrv_pb2_grpc
+from kitemq.proto.v1 import broker_pb2, message_pb2, namesrv_pb2
 from kitemq.rpc import CHANNEL_OPTIONS
 
 # What to do with a request: an error refuses its batches, "silent" stores but never answers, "cut" stores and breaks
@@ -110,7 +110,7 @@ async def _unregister(_: bytes, context: Any) -> bytes:
     return b""
 
 
-class ScriptedCluster(namesrv_pb2_grpc.NamesrvServicer):
+class ScriptedCluster:
     """A namesrv that knows `brokers`. `missing`: topics that do not exist. `queue_count` queues on each broker."""
 
     def __init__(self, brokers: list[ScriptedBroker]) -> None:
@@ -147,13 +147,13 @@ class ScriptedCluster(namesrv_pb2_grpc.NamesrvServicer):
             order_config=self.order_config,
         )
 
-    async def GetRoute(self, request: Any, context: Any) -> Any:
+    async def get_route(self, request: Any, context: Any) -> Any:
         if request.topic in self.missing:
             context.set_trailing_metadata((("kitemq-error", "TopicNotFoundError"),))
             await context.abort(grpc.StatusCode.NOT_FOUND, f"topic {request.topic!r} does not exist")
         return self.route(request.topic)
 
-    async def WatchRoutes(self, request: Any, context: Any) -> AsyncIterator[Any]:  # type: ignore[override]
+    async def watch_routes(self, request: Any, context: Any) -> AsyncIterator[Any]:
         changed = asyncio.Event()
         self._changed.add(changed)
         try:
@@ -174,7 +174,15 @@ async def scripted_cluster(*names: str) -> AsyncIterator[ScriptedCluster]:
     for broker in cluster.brokers:
         await broker.start()
     server = grpc.aio.server()
-    namesrv_pb2_grpc.add_NamesrvServicer_to_server(cluster, server)
+    handlers: dict[str, Any] = {
+        "GetRoute": grpc.unary_unary_rpc_method_handler(
+            cluster.get_route, namesrv_pb2.GetRouteRequest.FromString, namesrv_pb2.TopicRoute.SerializeToString
+        ),
+        "WatchRoutes": grpc.unary_stream_rpc_method_handler(
+            cluster.watch_routes, namesrv_pb2.WatchRoutesRequest.FromString, namesrv_pb2.TopicRoute.SerializeToString
+        ),
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("kitemq.v1.Namesrv", handlers),))
     port = server.add_insecure_port("127.0.0.1:0")
     cluster.address = f"127.0.0.1:{port}"
     await server.start()

@@ -822,16 +822,22 @@ class ListGroupMembersResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     CLIENT_IDS_FIELD_NUMBER: _builtins.int
+    CONSUMERS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def client_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def consumers(self) -> _containers.RepeatedCompositeFieldContainer[Global___ConsumerInfo]:
+        """What each of them consumes, in the order of client_ids: a topic's queues are shared by those who subscribe to it."""
+
     def __init__(
         self,
         *,
         client_ids: _abc.Iterable[_builtins.str] | None = ...,
+        consumers: _abc.Iterable[Global___ConsumerInfo] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_ids", b"client_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_ids", b"client_ids", "consumers", b"consumers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -11,6 +11,7 @@ from kitemq_server.common.addresses import join_address
 from kitemq_server.common.clock import Clock, SystemClock
 from kitemq_server.common.metrics import RpcMetrics, new_registry, serve_metrics
 from kitemq_server.common.serving import serve, tls_of
+from kitemq_server.common.tasks import running
 from kitemq_server.namesrv.config import NamesrvConfig
 from kitemq_server.namesrv.kv_config import open_key_values
 from kitemq_server.namesrv.metrics import NamesrvCollector
@@ -20,7 +21,10 @@ from kitemq_server.namesrv.service import SERVICE_NAME, NamesrvService
 
 @dataclass(frozen=True, slots=True)
 class NamesrvHandle:
-    """A namesrv that serves. ports: bound, by listener name; metrics_port: None = off."""
+    """A namesrv that serves.
+
+    ports: bound, by listener name. address: host:port of the first listener. metrics_port: None = off.
+    """
 
     ports: Mapping[str, int]
     metrics_port: int | None
@@ -36,34 +40,29 @@ async def run_namesrv(config: NamesrvConfig, *, clock: Clock | None = None) -> A
     registry = new_registry()
     rpc_metrics = RpcMetrics()
     registry.register(rpc_metrics)
-    async with open_key_values(config.data_dir) as key_values, asyncio.TaskGroup() as tasks:
-        background = [tasks.create_task(key_values.write_forever(), name="key values")]
-        try:
-            service = NamesrvService(
-                RouteTable(), key_values, clock or SystemClock(), broker_expiry_ms=config.broker_expiry_ms
-            )
-            registry.register(NamesrvCollector(service))
-            background.append(tasks.create_task(_expire_forever(service, config.expiry_scan_ms), name="expiry"))
+    async with open_key_values(config.data_dir) as key_values:
+        service = NamesrvService(
+            RouteTable(), key_values, clock or SystemClock(), broker_expiry_ms=config.broker_expiry_ms
+        )
+        registry.register(NamesrvCollector(service))
 
-            async def before_stop() -> None:
-                service.feed.stop()
+        async def before_stop() -> None:
+            service.feed.stop()
 
-            async with (
-                serve_metrics(config.metrics_listen, registry) as metrics_port,
-                serve(
-                    {SERVICE_NAME: service.register},
-                    listeners=config.listen,
-                    metrics=rpc_metrics,
-                    tls=tls_of(config),
-                    tls_listeners=config.tls_listeners,
-                    before_stop=before_stop,
-                ) as serving,
-            ):
-                first = config.listen[0]
-                yield NamesrvHandle(serving.ports, metrics_port, join_address(first.host, serving.ports[first.name]))
-        finally:
-            for task in background:
-                task.cancel()
+        async with (
+            running(key_values.write_forever(), _expire_forever(service, config.expiry_scan_ms)),
+            serve_metrics(config.metrics_listen, registry) as metrics_port,
+            serve(
+                {SERVICE_NAME: service.register},
+                listeners=config.listen,
+                metrics=rpc_metrics,
+                tls=tls_of(config),
+                tls_listeners=config.tls_listeners,
+                before_stop=before_stop,
+            ) as serving,
+        ):
+            first = config.listen[0]
+            yield NamesrvHandle(serving.ports, metrics_port, join_address(first.host, serving.ports[first.name]))
 
 
 async def _expire_forever(service: NamesrvService, scan_ms: int) -> None:

@@ -1,0 +1,1 @@
+"""That `kitemq bench` measures what it says."""

@@ -23,6 +23,7 @@ from kitemq import (
 )
 from kitemq.proto.v1 import broker_pb2
 from tests.producer.scripted_broker import Fault, ScriptedCluster, scripted_cluster
+from tests.waiting import eventually
 
 
 def faults(*wanted: Fault) -> object:
@@ -231,8 +232,7 @@ async def test_leaving_by_an_error_fails_what_waits_and_leaves_no_task() -> None
                 raise KeyError
         with pytest.raises(ClientClosedError, match="may or may not"):
             await waiting
-    await asyncio.sleep(0)
-    assert len(asyncio.all_tasks()) == before
+    await eventually(lambda: len(asyncio.all_tasks()) == before)
 
 
 async def test_no_namesrv_is_a_clear_error() -> None:

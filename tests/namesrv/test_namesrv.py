@@ -184,16 +184,14 @@ async def test_key_values_survive_a_restart_and_reach_routes_and_brokers(tmp_pat
         assert not (await stub.GetRoute(pb.GetRouteRequest(topic="t"))).order_config
 
 
-async def test_a_stop_ends_watches_at_once(tmp_path: Path) -> None:
-    loop = asyncio.get_running_loop()
+async def test_a_stop_ends_watches_with_a_word(tmp_path: Path) -> None:
+    """Not by cancelling them after the grace time."""
     async with run_namesrv(namesrv_config(tmp_path)) as namesrv:
         channel = grpc.aio.insecure_channel(namesrv.address)
         stub: Any = namesrv_pb2_grpc.NamesrvStub(channel)
         streams = [stub.WatchRoutes(pb.WatchRoutesRequest(topics=["t"])) for _ in range(20)]
         for stream in streams:
             await stream.read()
-        stopped = loop.time()
-    assert loop.time() - stopped < 2.0
     for stream in streams:
         assert await stream.code() is grpc.StatusCode.UNAVAILABLE
         assert ("kitemq-error", "BrokerUnavailableError") in tuple(await stream.trailing_metadata())

@@ -143,7 +143,7 @@ def unknown_environment(model: type[ServiceConfig]) -> list[str]:
     """Variables with the service's prefix that are no keys: worth a warning, but Kubernetes sets such names itself."""
     prefix = str(model.model_config.get("env_prefix", ""))
     known = {f"{prefix}{key}".upper() for key in model.model_fields}
-    orchestrator = re.compile(r".*_(SERVICE_HOST|SERVICE_PORT.*|PORT|PORT_\d+_(TCP|UDP).*)|PORT(_\d+_(TCP|UDP).*)?")
+    orchestrator = re.compile(r"(.*_)?(SERVICE_HOST|SERVICE_PORT(_.*)?|PORT(_\d+_(TCP|UDP).*)?)")
     return sorted(
         name
         for name in os.environ
@@ -195,12 +195,11 @@ def _problem(
     if detail["type"] == "extra_forbidden":
         close = difflib.get_close_matches(key, model.model_fields, n=1)
         return f"{key}: no such key" + (f", did you mean {close[0]}?" if close else "") + f" [{origin}]"
-    return f"{key}: {_in_words(detail, message)} [{origin}]"
+    return f"{key}: {_in_words(detail, message, given=flags.get(key, detail['input']))} [{origin}]"
 
 
-def _in_words(detail: dict[str, Any], message: str) -> str:
+def _in_words(detail: dict[str, Any], message: str, *, given: object) -> str:
     context = detail.get("ctx", {})
-    given = detail.get("input")
     match detail["type"]:
         case "value_error":
             return message

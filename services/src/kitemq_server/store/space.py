@@ -1,0 +1,118 @@
+"""Room on the disk: preallocation of segments, and the reserve that lets a full disk still record offsets.
+
+A full disk is no failure: client appends are refused, reads go on, and preallocation is tried again until it succeeds.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import threading
+
+from kitemq_server.store.commit_log import Segment
+from kitemq_server.store.config import StoreConfig
+from kitemq_server.store.disk import Disk
+from kitemq_server.store.filenames import Layout
+
+logger = logging.getLogger(__name__)
+
+_FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
+_SMALL_STEP_BYTES = 1024 * 1024  # what system records get from the reserve at a time
+
+
+def is_full(error: OSError) -> bool:
+    """The disk has no room left, as opposed to being broken."""
+    return error.errno in _FULL_ERRNOS
+
+
+class Space:
+    """Called by the loop and by the store's thread; a lock keeps their preallocations apart."""
+
+    def __init__(self, disk: Disk, layout: Layout, config: StoreConfig) -> None:
+        self._disk = disk
+        self._layout = layout
+        self._config = config
+        self._lock = threading.Lock()
+        self._reserved = False
+        self.full = False  # client appends are refused
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes free on the store's file system."""
+        return self._disk.free_bytes(self._layout.root)
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of the store's file system."""
+        return self._disk.total_bytes(self._layout.root)
+
+    def allocate(self, segment: Segment, end_offset: int) -> None:
+        """Makes sure of space up to `end_offset`, a whole step at a time. Raises OSError."""
+        with self._lock:
+            if end_offset > segment.allocated:
+                self._extend(segment, end_offset, self._config.allocate_bytes)
+
+    def allocate_from_reserve(self, segment: Segment, end_offset: int) -> None:
+        """As `allocate`, for what must be written also on a full disk. Raises OSError."""
+        with self._lock:
+            if end_offset <= segment.allocated:
+                return
+            try:
+                self._extend(segment, end_offset, self._config.allocate_bytes)
+            except OSError as error:
+                if not is_full(error):
+                    raise
+                self.release_reserve()
+                self._extend(segment, end_offset, _SMALL_STEP_BYTES)
+
+    def _extend(self, segment: Segment, end_offset: int, step: int) -> None:
+        assert segment.file is not None
+        target = min(max(end_offset, segment.allocated + step), segment.base + self._config.segment_bytes)
+        segment.file.allocate(segment.allocated - segment.base, target - segment.allocated)
+        segment.allocated = target
+
+    def release_reserve(self) -> None:
+        """Gives the reserve to system records and snapshots; client appends wait until it is back."""
+        if self._reserved:
+            self._disk.remove(self._layout.reserve)
+            self._reserved = False
+        self.mark_full()
+
+    def mark_full(self) -> None:
+        """Client appends are refused from now on."""
+        if not self.full:
+            self.full = True
+            logger.error("disk full, sends are refused: path=%s free_bytes=%d", self._layout.root, self.free_bytes)
+
+    def prepare(self, segment: Segment) -> None:
+        """The first step of a store that opens. On a full disk it serves reads, and sends wait for space."""
+        if not self.recover(segment, segment.end_offset):
+            self.mark_full()
+
+    def recover(self, segment: Segment, end_offset: int) -> bool:
+        """Tries to take the reserve back and a step of the log; True when client appends may go on."""
+        try:
+            self.take_reserve()
+            self.allocate(segment, min(end_offset + 1, segment.base + self._config.segment_bytes))
+        except OSError as error:
+            if not is_full(error):
+                raise
+            return False
+        if self.full:
+            self.full = False
+            logger.warning("disk has space again, sends go on: free_bytes=%d", self.free_bytes)
+        return True
+
+    def take_reserve(self) -> None:
+        """Reserves space for later. Raises OSError."""
+        if self._reserved or not self._config.reserve_bytes:
+            return
+        file = self._disk.open(self._layout.reserve, create=True)
+        try:
+            file.allocate(0, self._config.reserve_bytes)
+        except OSError:
+            self._disk.remove(self._layout.reserve)
+            raise
+        finally:
+            file.close()
+        self._reserved = True

@@ -1,0 +1,97 @@
+"""All derived state that a snapshot holds, and how one record of the log changes it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kitemq.protocol.record import KIND_MESSAGE, tags_code
+from kitemq_server.store.consume_queue import ENTRY, ConsumeQueue, QueueFiles, QueueTable
+from kitemq_server.store.dedupe import Dedupe
+from kitemq_server.store.record import Record
+from kitemq_server.store.tables import Tables
+
+
+class State:
+    """Queues, tables and dedupe windows of a store.
+
+    deleted_topics: topics deleted since the last snapshot that is on disk, with the files of their queues still there.
+    """
+
+    __slots__ = ("dedupe", "deleted_topics", "last_store_timestamp_ms", "queues", "tables")
+
+    def __init__(self, files: QueueFiles) -> None:
+        self.queues = QueueTable(files)
+        self.tables = Tables()
+        self.dedupe = Dedupe()
+        self.last_store_timestamp_ms = 0
+        self.deleted_topics: set[str] = set()
+
+    @property
+    def epoch(self) -> int:
+        """The highest epoch in the log."""
+        epochs = self.tables.epochs
+        return epochs[-1].epoch if epochs else 0
+
+    def apply(self, record: Record) -> None:
+        """Replays one record."""
+        self.last_store_timestamp_ms = record.store_timestamp_ms
+        if record.kind == KIND_MESSAGE:
+            self._apply_message(record)
+        else:
+            message = record.message()
+            if message.HasField("system"):
+                self.apply_change(message.system, record.store_timestamp_ms)
+
+    def apply_change(self, change: Any, timestamp_ms: int) -> list[ConsumeQueue]:
+        """A system record takes effect; returns the queues that are gone with it."""
+        self.tables.apply(change, timestamp_ms)
+        if change.WhichOneof("change") != "topic_deleted":
+            return []
+        topic = change.topic_deleted
+        self.dedupe.drop_topic(topic)
+        self.deleted_topics.add(topic)
+        return self.queues.drop_topic(topic)
+
+    def _apply_message(self, record: Record) -> None:
+        message = record.message()
+        queue = self.queues.obtain(message.topic, record.queue_id)
+        queue_offset = record.queue_offset
+        if queue_offset != queue.next_offset:
+            if queue_offset < queue.next_offset:
+                queue.cut(queue_offset)
+            else:
+                queue.append_holes(queue_offset, record.physical_offset)
+        queue.append(ENTRY.pack(record.physical_offset, len(record.data), tags_code(message.tag)), 1)
+        if message.producer_instance:
+            if message.sequence:
+                key = (message.producer_instance, message.topic, record.queue_id)
+                self.dedupe.record(key, message.sequence, 1, queue_offset, record.store_timestamp_ms)
+        elif message.message_id:
+            self.dedupe.record_ids(message.topic, (message.message_id,), record.queue_id, queue_offset)
+
+    def confirm_all(self) -> None:
+        """Everything applied is confirmed: the end of recovery."""
+        for queue in self.queues:
+            queue.max_offset = queue.trusted_offset = queue.next_offset
+
+    def capture(self) -> dict[str, Any]:
+        """What a snapshot holds, copied as far as it can change."""
+        windows, recent_ids = self.dedupe.capture()
+        return {
+            **self.tables.capture(),
+            "last_store_timestamp_ms": self.last_store_timestamp_ms,
+            "queues": [(queue.topic, queue.queue_id, queue.min_offset, queue.next_offset) for queue in self.queues],
+            "windows": windows,
+            "recent_ids": recent_ids,
+        }
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        """Replaces everything by what a snapshot holds."""
+        self.tables.restore(snapshot)
+        self.last_store_timestamp_ms = snapshot["last_store_timestamp_ms"]
+        for topic, queues in snapshot["queues"].items():
+            for queue_id, min_offset, end_offset in queues:
+                self.queues.add(
+                    ConsumeQueue(self.queues.files, topic, queue_id, min_offset=min_offset, end_offset=end_offset)
+                )
+        self.dedupe.restore(snapshot["windows"], snapshot["recent_ids"])

@@ -104,8 +104,9 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # t
         try:
             while True:
                 changed.clear()
+                stopped = self._stopped
                 await context.write(self._answer(request.service))
-                if self._stopped:
+                if stopped:
                     return
                 await changed.wait()
         finally:

@@ -18,7 +18,10 @@ LAST_YEAR = 2024
 
 
 def transitions(data: bytes) -> Iterator[tuple[int, int, int, str]]:
-    """(Unix seconds, offset before, offset after, abbreviation after) from a TZif file, version 2 or later (RFC 8536)."""
+    """(Unix seconds, offset before, offset after, abbreviation after) from a TZif file of version 2 or later.
+
+    Source: RFC 8536.
+    """
     header = struct.Struct(">4s c 15x 6I")
     _, _, isutc, isstd, leap, times, types, chars = header.unpack_from(data)
     # The first block holds 32-bit times; the second, 64-bit ones.

@@ -39,8 +39,8 @@ def consume(
 ) -> None:
     """Join a consumer group and print its share of a topic.
 
-    A message is committed once it is written to stdout, at the latest 5 seconds later and when the command ends; so after
-    a crash some are printed again, and none is lost.
+    A message is committed once it is written to stdout, at the latest 5 seconds later and when the command ends; so
+    after a crash some are printed again, and none is lost.
     """
     from kitemq.cli.consuming import consume_topic
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import sys
@@ -48,6 +49,7 @@ def run(verb: Coroutine[Any, Any, T]) -> T:
     """
     from kitemq.errors import KiteMQError
 
+    logging.getLogger("kitemq").addHandler(_WarningsToStderr(logging.WARNING))
     try:
         result = asyncio.run(_stoppable(verb))
         sys.stdout.flush()
@@ -61,6 +63,13 @@ def run(verb: Coroutine[Any, Any, T]) -> T:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(ExitCode.OK) from None
     return result
+
+
+class _WarningsToStderr(logging.Handler):
+    """What the SDK heals by itself or cannot heal, while it goes on."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        note(f"Warning: {record.getMessage()}")
 
 
 def exit_code_of(error: KiteMQError) -> ExitCode:

@@ -39,8 +39,8 @@ def tail(
 ) -> None:
     """Print messages of a topic, without joining a group.
 
-    In the order of their storing, over all queues. Text is the body, on a terminal with when and where it was stored; json is one object a line, which produce --json
-    reads.
+    They come in the order of their storing, over all queues. Text is the body, on a terminal with when and where it was
+    stored; json is one object a line, which produce --json reads.
     """
     from kitemq.cli.tailing import tail_topic
 

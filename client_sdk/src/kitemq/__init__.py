@@ -7,6 +7,7 @@ async with kitemq.Producer("127.0.0.1:9876", group="shop") as producer:
 import logging
 
 from kitemq.compression import Compression
+from kitemq.consumer import ConsumeHook, MessageModel, Position, PullConsumer, PushConsumer
 from kitemq.errors import (
     AlreadyExistsError,
     BrokerBusyError,
@@ -42,6 +43,7 @@ __all__ = [
     "BrokerUnavailableError",
     "ClientClosedError",
     "Compression",
+    "ConsumeHook",
     "CorruptRecordError",
     "DivergedError",
     "FencedEpochError",
@@ -51,6 +53,7 @@ __all__ = [
     "InvalidRequestError",
     "KiteMQError",
     "Message",
+    "MessageModel",
     "MessageNotFoundError",
     "MessageQueue",
     "NotAllowedError",
@@ -60,7 +63,10 @@ __all__ = [
     "NotReadableYetError",
     "OutOfOrderError",
     "PermissionDeniedError",
+    "Position",
     "Producer",
+    "PullConsumer",
+    "PushConsumer",
     "ReceivedMessage",
     "RequestTimeoutError",
     "SendHook",

@@ -1,0 +1,466 @@
+"""The queues that a consumer holds: taken over, read, committed, handed over. Shared by both kinds of consumer.
+
+One task decides which queues are ours; everything it does to a queue is begun by plain calls, so whoever is cancelled,
+a queue is held as a whole or not at all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Collection, Iterable
+from typing import Protocol
+
+from kitemq.consumer.filter import ALL
+from kitemq.consumer.group import Members, Membership, shares
+from kitemq.consumer.held_queue import Chunk, HeldQueue
+from kitemq.consumer.offsets import BrokerOffsets, Brokers, LocalOffsets, OffsetStore, Saved, offset_at
+from kitemq.consumer.options import ConsumerOptions, Position, Start, timestamp_ms
+from kitemq.consumer.pull_stream import Fetcher, Prefetch
+from kitemq.consumer.tasks import BackgroundTasks
+from kitemq.errors import KiteMQError, TopicNotFoundError
+from kitemq.message import MessageQueue
+from kitemq.proto.v1 import broker_pb2
+from kitemq.route import Route, RouteCache
+from kitemq.rpc import Channels
+
+logger = logging.getLogger(__name__)
+
+REBALANCE_S = 20.0
+# When what could not be done (a broker does not answer, a queue is still being released) is tried again.
+RETRY_S = 1.0
+# How long the member that gives a queue up has to commit it, before the one that takes it over asks for the offset.
+HAND_OVER_WAIT_S = 0.3
+NAMES_LOGGED_MAX = 16
+
+_FROM_WHERE: dict[Start, broker_pb2.ConsumeFromWhere.ValueType] = {
+    Position.FIRST: broker_pb2.CONSUME_FROM_FIRST_OFFSET,
+    Position.LAST: broker_pb2.CONSUME_FROM_LAST_OFFSET,
+}
+
+
+class Owner(Protocol):
+    """The consumer whose queues these are. Plain calls on the loop."""
+
+    def deliver(self, chunk: Chunk) -> None:
+        """Messages have come."""
+
+    def done_offset(self, held: HeldQueue) -> int:
+        """What may be committed of a queue."""
+
+    def refused(self, error: KiteMQError) -> None:
+        """The group does not take this consumer."""
+
+
+class ConsumerCore:
+    """Decides which queues are held and keeps their offsets.
+
+    drains: the owner has handlers that may be at work on a queue that is given up.
+    """
+
+    def __init__(
+        self,
+        options: ConsumerOptions,
+        client_id: str,
+        owner: Owner,
+        *,
+        drains: bool,
+        routes: RouteCache,
+        channels: Channels,
+        tasks: BackgroundTasks,
+    ) -> None:
+        self._options = options
+        self._client_id = client_id
+        self._owner = owner
+        self._drains = drains
+        self.routes = routes
+        self._tasks = tasks
+        self.brokers = Brokers(routes, channels)
+        self.store: OffsetStore = (
+            BrokerOffsets(options.group, client_id, self.brokers)
+            if options.clustering
+            else LocalOffsets(options.offsets_file)
+        )
+        self.fetcher = Fetcher(
+            group=options.group,
+            prefetch=Prefetch(options.prefetch_messages, options.prefetch_bytes, options.span_max),
+            sink=self,
+            routes=routes,
+            channels=channels,
+            tasks=tasks,
+        )
+        self.membership = Membership(
+            client_id,
+            options.group,
+            brokers=self.brokers,
+            tasks=tasks,
+            info=self._info,
+            changed=self.rebalance_soon,
+            refused=owner.refused,
+            offsets_reset=self._offsets_reset,
+        )
+        self.held: dict[MessageQueue, HeldQueue] = {}
+        self.subscriptions: dict[str, str] = {}
+        # Queues that were assigned by hand; None = the group shares them out.
+        self.assigned: frozenset[MessageQueue] | None = None
+        self._assigned_filter = ALL
+        self._first_seen: dict[str, frozenset[MessageQueue]] = {}
+        self._releasing: dict[MessageQueue, asyncio.Task[None]] = {}
+        self._rebalance_wanted = asyncio.Event()
+        self._retry: asyncio.TimerHandle | None = None
+        self._loops: list[asyncio.Task[None]] = []
+        self._warned_of: frozenset[str] = frozenset()
+        # Queues have been taken or given up. Whoever waits for it clears it first.
+        self.changed = asyncio.Event()
+
+    # ---- life ----
+
+    def start(self) -> None:
+        """Join the group and begin to take queues."""
+        self.routes.add_listener(self._route_changed)
+        self._loops = [
+            self._tasks.start(self._rebalance_forever(), name="consumer rebalance"),
+            self._tasks.start(self.membership.heartbeat_forever(), name="consumer heartbeat"),
+        ]
+        if self._options.auto_commit:
+            self._loops.append(self._tasks.start(self._commit_forever(), name="consumer commit"))
+        self.rebalance_soon()
+
+    async def stop(self) -> None:
+        """Give every queue up (handlers drained, offsets committed) and leave the group."""
+        self.routes.remove_listener(self._route_changed)
+        for task in self._loops:
+            task.cancel()
+        if self._retry is not None:
+            self._retry.cancel()
+        await asyncio.gather(*self._loops, return_exceptions=True)
+        self._release(list(self.held.values()))
+        await asyncio.gather(*self._releasing.values())
+        await self.membership.leave()
+
+    # ---- what the consumer wants ----
+
+    async def subscribe(self, topic: str, filter: str) -> None:  # noqa: A002
+        """Read the topic from now on. A topic that does not exist yet is read from its first message."""
+        try:
+            await self.routes.get(topic)
+        except TopicNotFoundError:
+            self._first_seen.setdefault(topic, frozenset())
+            logger.info("consumer: waiting for the topic group=%s topic=%s", self._options.group, topic)
+        except KiteMQError as error:
+            logger.warning("consumer: no route yet group=%s topic=%s error=%s", self._options.group, topic, error)
+        self.subscriptions[topic] = filter
+        await self.membership.heartbeat()
+        self.rebalance_soon()
+
+    async def unsubscribe(self, topic: str) -> None:
+        """Give the topic's queues up. Returns once they are."""
+        self.subscriptions.pop(topic, None)
+        self._first_seen.pop(topic, None)
+        await self.membership.heartbeat()
+        self._release([held for held in self.held.values() if held.queue.topic == topic])
+        await asyncio.gather(*(task for queue, task in self._releasing.items() if queue.topic == topic))
+        self.rebalance_soon()
+
+    def assign(self, queues: Collection[MessageQueue], filter: str) -> None:  # noqa: A002
+        """Hold exactly these queues, whatever the group does."""
+        self.assigned = frozenset(queues)
+        self._assigned_filter = filter
+        self.rebalance_soon()
+
+    def move(self, held: HeldQueue, queue_offset: int) -> None:
+        """Read on somewhere else: what is cached is forgotten, the next commit may go backwards."""
+        self._forget(held)
+        moved = HeldQueue(held.queue, filter=held.filter, offset=queue_offset, committed=held.committed)
+        moved.rewound = True
+        moved.paused = held.paused
+        self._hold(moved)
+
+    def rebalance_soon(self) -> None:
+        """At the loop's next turn."""
+        self._rebalance_wanted.set()
+
+    # ---- what the streams bring (PullSink) ----
+
+    def deliver(self, chunk: Chunk) -> None:
+        """See PullSink."""
+        self._owner.deliver(chunk)
+
+    def rewind(self, held: HeldQueue, queue_offset: int) -> None:
+        """See PullSink."""
+        self.move(held, queue_offset)
+        if self._options.auto_commit:
+            self._tasks.start(self.commit([self.held[held.queue]], durable=True), name="consumer rewind")
+
+    def lost(self, held: HeldQueue) -> None:
+        """See PullSink."""
+        self._forget(held)
+        if held.queue.topic in self.subscriptions:  # a new topic of this name is read from its first message
+            self._first_seen[held.queue.topic] = frozenset()
+        self._tasks.start(self._refresh_route(held.queue.topic), name="consumer route")
+        self._retry_soon()
+
+    async def _refresh_route(self, topic: str) -> None:
+        try:
+            await self.routes.get(topic, refresh=True)
+        except KiteMQError as error:
+            logger.debug("consumer: no route topic=%s error=%s", topic, error)
+
+    def _offsets_reset(self, address: str) -> None:
+        logger.info("consumer: offsets were reset group=%s broker=%s", self._options.group, address)
+        for held in list(self.held.values()):
+            route = self.routes.peek(held.queue.topic)
+            brokers = route.brokers.get(held.queue.broker_name, ()) if route else ()
+            if any(broker.address == address for broker in brokers):
+                self._forget(held)
+        self.rebalance_soon()
+
+    def _route_changed(self, route: Route) -> None:
+        self.fetcher.route_changed(route)
+        self.rebalance_soon()
+
+    # ---- whose queues ----
+
+    def _info(self) -> broker_pb2.ConsumerInfo:
+        return broker_pb2.ConsumerInfo(
+            group=self._options.group,
+            message_model=self._options.message_model.value,
+            consume_type=self._options.consume_type,
+            consume_from_where=_FROM_WHERE.get(self._options.from_where, broker_pb2.CONSUME_FROM_TIMESTAMP),
+            subscriptions=[
+                broker_pb2.Subscription(topic=topic, filter=filter)
+                for topic, filter in sorted(self.subscriptions.items())  # noqa: A001
+            ],
+        )
+
+    async def _rebalance_forever(self) -> None:
+        while True:
+            due_s = self.membership.next_change_in_s()
+            try:
+                async with asyncio.timeout(REBALANCE_S if due_s is None else min(REBALANCE_S, due_s + 0.01)):
+                    await self._rebalance_wanted.wait()
+            except TimeoutError:
+                pass
+            self._rebalance_wanted.clear()
+            await self._rebalance()
+
+    async def _rebalance(self) -> None:
+        if self.assigned is not None:
+            self._release([held for queue, held in self.held.items() if queue not in self.assigned])
+            await self._acquire(self.assigned)
+            return
+        routes = await self._read_routes()
+        self.membership.follow(
+            {b.address for route in routes.values() for group in route.brokers.values() for b in group}
+        )
+        members: Members = {}
+        if self._options.clustering:
+            members = await self.membership.members()
+            if self._client_id not in members:  # not joined yet, or taken for dead
+                await self.membership.heartbeat()
+                members = await self.membership.members()
+                if self._client_id not in members:
+                    return
+            self._warn_of_other_subscriptions(members)
+        mine = self._share(routes, members)
+        if mine is None:
+            return
+        self._release(
+            [held for queue, held in self.held.items() if queue not in mine and self._is_given_up(queue, routes)]
+        )
+        new = mine - self.held.keys()
+        if new and len(members) > 1:
+            await asyncio.sleep(HAND_OVER_WAIT_S)
+            if self._rebalance_wanted.is_set():  # somebody else has come or gone meanwhile
+                return
+        await self._acquire(new)
+
+    async def _read_routes(self) -> dict[str, Route]:
+        routes: dict[str, Route] = {}
+        for topic in list(self.subscriptions):
+            try:
+                routes[topic] = await self.routes.get(topic)
+            except TopicNotFoundError:
+                self._first_seen.setdefault(topic, frozenset())
+            except KiteMQError as error:
+                logger.info("consumer: no route topic=%s error=%s", topic, error)
+                self._retry_soon()
+            else:
+                self._first_seen.setdefault(topic, frozenset(routes[topic].readable))
+        return routes
+
+    def _share(self, routes: dict[str, Route], members: Members) -> set[MessageQueue] | None:
+        mine: set[MessageQueue] = set()
+        for topic, route in routes.items():
+            if not self._options.clustering:
+                mine.update(route.readable)
+                continue
+            ids = sorted(client_id for client_id, info in members.items() if shares(info, topic))
+            try:
+                mine.update(self._options.allocation(self._client_id, route.readable, ids))
+            except Exception:
+                logger.exception("consumer: the allocation strategy failed topic=%s: queues stay as they are", topic)
+                return None
+        return mine
+
+    def _is_given_up(self, queue: MessageQueue, routes: dict[str, Route]) -> bool:
+        """False for a queue whose broker has vanished: it is kept, and read on when the broker is back."""
+        route = routes.get(queue.topic)
+        return queue.topic not in self.subscriptions or (route is not None and queue.broker_name in route.brokers)
+
+    def _warn_of_other_subscriptions(self, members: Members) -> None:
+        own = self._info().subscriptions
+        different = frozenset(
+            client_id
+            for client_id, info in members.items()
+            if info.subscriptions and list(info.subscriptions) != list(own) and client_id != self._client_id
+        )
+        if different - self._warned_of:
+            logger.warning(
+                "consumer: members of one group subscribe differently, so who gets a message depends on chance "
+                "group=%s here=%s others=%s",
+                self._options.group,
+                {item.topic: item.filter for item in own},
+                {
+                    client_id: {item.topic: item.filter for item in members[client_id].subscriptions}
+                    for client_id in sorted(different)
+                },
+            )
+        self._warned_of = different
+
+    # ---- taking over ----
+
+    async def _acquire(self, queues: Iterable[MessageQueue]) -> None:
+        wanted = [queue for queue in queues if queue not in self.held]
+        free = [queue for queue in wanted if queue not in self._releasing]
+        found = await self.store.load(free) if free else {}
+        offsets = {queue: offset for queue, offset in found.items() if offset is not None}
+        starts = await self._starts([queue for queue, offset in found.items() if offset is None])
+        if starts and self._options.auto_commit:
+            # Where a group begins is decided once: whoever takes the queue over next must not begin later.
+            starts = (await self._save(starts, durable=True)).offsets
+        for queue, offset in (offsets | starts).items():
+            committed = offset if queue in offsets or self._options.auto_commit else None
+            wanted_tags = self.subscriptions.get(queue.topic, self._assigned_filter)
+            self._hold(HeldQueue(queue, filter=wanted_tags, offset=offset, committed=committed))
+        if offsets or starts:
+            logger.info("consumer: holds group=%s queues=%s", self._options.group, _names(self.held))
+        if any(queue not in self.held for queue in wanted):
+            self._retry_soon()
+
+    async def _starts(self, queues: list[MessageQueue]) -> dict[MessageQueue, int]:
+        """Where to begin in queues of which nothing is committed."""
+        by_topic: dict[tuple[str, str, Start], list[MessageQueue]] = {}
+        for queue in queues:
+            first_seen = self._first_seen.get(queue.topic)
+            fresh = first_seen is not None and queue not in first_seen
+            start = Position.FIRST if fresh else self._options.from_where
+            by_topic.setdefault((queue.broker_name, queue.topic, start), []).append(queue)
+        starts: dict[MessageQueue, int] = {}
+        for (broker_name, topic, start), items in by_topic.items():
+            at = None if isinstance(start, Position) else timestamp_ms(start)
+            try:
+                bounds = await self.brokers.bounds(
+                    broker_name, topic, [queue.queue_id for queue in items], at_timestamp_ms=at
+                )
+            except KiteMQError as error:
+                logger.info("consumer: no start yet topic=%s broker=%s error=%s", topic, broker_name, error)
+                continue
+            for queue in items:
+                if queue.queue_id in bounds:
+                    starts[queue] = offset_at(bounds[queue.queue_id], start)
+        return starts
+
+    def _hold(self, held: HeldQueue) -> None:
+        self.held[held.queue] = held
+        self.fetcher.add(held)
+        self.changed.set()
+
+    def _retry_soon(self) -> None:
+        def retry() -> None:
+            self._retry = None
+            self.rebalance_soon()
+
+        if self._retry is None:
+            self._retry = asyncio.get_running_loop().call_later(RETRY_S, retry)
+
+    # ---- giving up ----
+
+    def _forget(self, held: HeldQueue) -> None:
+        """Stop reading and handing out, without a commit."""
+        held.drop()
+        self.fetcher.remove(held)
+        if self.held.get(held.queue) is held:
+            del self.held[held.queue]
+        self.changed.set()
+
+    def _release(self, given_up: list[HeldQueue]) -> None:
+        """Hand queues over: no new message from here on, the rest in the background."""
+        if not given_up:
+            return
+        for held in given_up:
+            self._forget(held)
+        logger.info("consumer: gives up group=%s queues=%s", self._options.group, _names(h.queue for h in given_up))
+        task = self._tasks.start(self._hand_over(given_up), name="consumer hand-over")
+        for held in given_up:
+            self._releasing[held.queue] = task
+
+        def done(_: asyncio.Task[None]) -> None:
+            for held in given_up:
+                if self._releasing.get(held.queue) is task:
+                    del self._releasing[held.queue]
+
+        task.add_done_callback(done)
+
+    async def _hand_over(self, given_up: list[HeldQueue]) -> None:
+        """Commit what is done; let handlers finish, and commit again."""
+        if self._options.auto_commit:
+            await self.commit(given_up, durable=True)
+        busy = [held for held in given_up if self._drains and not held.settled.is_set()]
+        if not busy:
+            return
+        try:
+            async with asyncio.timeout(self._options.drain_timeout_s):
+                for held in busy:
+                    await held.settled.wait()
+        except TimeoutError:
+            logger.warning("consumer: handlers still run in queues given up queues=%s", _names(h.queue for h in busy))
+        if self._options.auto_commit:
+            await self.commit(busy, durable=True)
+
+    # ---- offsets ----
+
+    async def _commit_forever(self) -> None:
+        while True:
+            await asyncio.sleep(self._options.commit_interval_s)
+            await self.commit(self.held.values(), durable=False)
+
+    async def commit(self, queues: Iterable[HeldQueue], *, durable: bool) -> list[KiteMQError]:
+        """Commit what is done in these queues. What fails is logged, returned, and tried again with the next commit."""
+        forward: dict[HeldQueue, int] = {}
+        anyhow: dict[HeldQueue, int] = {}
+        for held in queues:
+            offset = self._owner.done_offset(held)
+            if offset != held.committed:
+                (anyhow if held.rewound else forward)[held] = offset
+        errors: list[KiteMQError] = []
+        for offsets, reset in ((forward, False), (anyhow, True)):
+            if offsets:
+                saved = await self._save({held.queue: at for held, at in offsets.items()}, durable=durable, reset=reset)
+                errors += saved.errors
+                for held, offset in offsets.items():
+                    if held.queue in saved.offsets:
+                        held.committed = offset
+                        held.rewound = False
+        return errors
+
+    async def _save(self, offsets: dict[MessageQueue, int], *, durable: bool, reset: bool = False) -> Saved:
+        saved = await self.store.save(offsets, durable=durable, reset=reset)
+        for error in saved.errors:
+            logger.warning("consumer: commit failed, will be repeated group=%s error=%s", self._options.group, error)
+        return saved
+
+
+def _names(queues: Iterable[MessageQueue]) -> str:
+    names = sorted(map(str, queues))
+    return ",".join(names[:NAMES_LOGGED_MAX]) + (f",… {len(names)} in all" if len(names) > NAMES_LOGGED_MAX else "")

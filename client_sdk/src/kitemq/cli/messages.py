@@ -112,10 +112,7 @@ def _text(value: Mapping[str, Any], name: str) -> str:
     text = value.get(name, "")
     if not isinstance(text, str):
         raise ValueError(f"{name!r} must be text")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{name!r} holds half of a surrogate pair") from None
+    _check_encodable(name, text)
     return text
 
 
@@ -123,6 +120,7 @@ def _texts(value: Mapping[str, Any], name: str) -> list[str]:
     texts = value.get(name, [])
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{name!r} must be a list of texts")
+    _check_encodable(name, *texts)
     return texts
 
 
@@ -130,7 +128,16 @@ def _properties(value: Mapping[str, Any]) -> dict[str, str]:
     properties = value.get("properties", {})
     if not isinstance(properties, dict) or not all(isinstance(text, str) for text in properties.values()):
         raise ValueError("'properties' must be an object of texts")
+    _check_encodable("properties", *properties, *properties.values())
     return properties
+
+
+def _check_encodable(name: str, *texts: str) -> None:
+    try:
+        for text in texts:
+            text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name!r} holds half of a surrogate pair") from None
 
 
 class MessagePrinter:

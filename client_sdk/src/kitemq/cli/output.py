@@ -97,4 +97,4 @@ def bytes_text(count: int) -> str:
 
 def _three(value: float) -> str:
     """Three digits that mean something, no trailing zeros."""
-    return f"{value:.0f}" if value >= 100 or value == int(value) else f"{value:.1f}"
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}".removesuffix(".0")

@@ -6,15 +6,24 @@ import re
 from datetime import datetime
 
 _UNIT_MS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000, "w": 604_800_000}
-_SPAN = re.compile(r"(?:\d+(?:\.\d+)?(?:ms|[smhdw]))+")
-_SPAN_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|[smhdw])")
+_SPAN = re.compile(r"(?:[0-9]+(?:\.[0-9]+)?(?:ms|[smhdw]))+")
+_SPAN_PART = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|[smhdw])")
+
+# The year 9999, where dates end.
+TIMESTAMP_MS_END = 253_370_764_800_000
 
 TIME_HELP = "'now', '10m', '2h30m' or '3d' (ago), '2026-01-31', '2026-01-31T08:00' (local time unless it says), or ms"
 
 
 def parse_time(text: str, *, now_ms: int) -> int:
-    """Unix milliseconds. Raises ValueError, in words for people, for what is no time."""
-    text = text.strip()
+    """Unix milliseconds, not negative. Raises ValueError, in words for people, for what is no time."""
+    timestamp_ms = _timestamp_ms(text.strip(), now_ms)
+    if not 0 <= timestamp_ms < TIMESTAMP_MS_END:
+        raise ValueError(f"{text!r} is no time since 1970: write {TIME_HELP}")
+    return timestamp_ms
+
+
+def _timestamp_ms(text: str, now_ms: int) -> int:
     if text == "now":
         return now_ms
     if text.isascii() and text.isdigit() and len(text) > 8:  # shorter: a date without dashes, or a slip

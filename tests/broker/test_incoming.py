@@ -1,0 +1,157 @@
+"""A batch is stored exactly as it was checked, or refused with the index of what is wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kitemq.errors import InvalidMessageError
+from kitemq.proto.v1.broker_pb2 import QueueBatch
+from kitemq.proto.v1.message_pb2 import EpochStarted, Message, Origin, Segment, SystemRecord
+from kitemq.protocol.record import frame_header, tags_code
+from kitemq_server.broker.incoming import parse_batch
+from kitemq_server.store.batch import ClientBatch
+from tests.broker.wire import batch, message, numbered
+
+BODY_MAX = 4 * 1024 * 1024
+
+
+def parsed(wanted: QueueBatch, *, body_bytes_max: int = BODY_MAX) -> ClientBatch:
+    return parse_batch(wanted, body_bytes_max=body_bytes_max)
+
+
+def raw_batch(*parts: bytes, **fields: Any) -> QueueBatch:
+    records = b"".join(frame_header(len(part)) + part for part in parts)
+    return QueueBatch(topic="orders", records=records, sizes=[len(part) for part in parts], **fields)
+
+
+def test_a_batch_as_the_store_takes_it() -> None:
+    messages = [
+        message("orders", b"a", sequence=5, tag="paid", keys=["k1", "k2"]),
+        message("orders", b"b", sequence=6, properties={"p": "v"}),
+    ]
+    checked = parsed(batch(messages, queue_id=3))
+    assert checked.parts == [item.SerializeToString() for item in messages]
+    assert checked.tags_codes == [tags_code("paid"), 0]
+    assert checked.message_ids == [item.message_id for item in messages]
+    assert checked.keys == [("k1", "k2"), ()]
+    assert (checked.topic, checked.queue_id) == ("orders", 3)
+    assert (checked.producer_instance, checked.first_sequence) == (7, 5)
+
+
+def test_without_an_instance_sequences_do_not_count() -> None:
+    checked = parsed(batch([message("orders", instance=0, message_id=name) for name in ("a", "b")]))
+    assert (checked.producer_instance, checked.first_sequence) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("messages", "text"),
+    [
+        ([message("orders", b"")], "message 0 has a body of 0 bytes"),
+        ([message("orders"), message("other", sequence=2)], "message 1 is for topic 'other'"),
+        ([message("orders"), message("orders", sequence=3)], "message 1 has sequence 3, not 2"),
+        ([message("orders"), message("orders", instance=8, sequence=2)], "message 1 comes from another producer"),
+        ([message("orders", sequence=0)], "sequence 0"),
+        ([message("orders", message_id="")], "message 0 has no message_id"),
+        ([message("orders", message_id="x" * 129)], "message_id of 129 characters"),
+        ([message("orders", message_id="a\nb")], "control characters"),
+        ([message("orders", tag="a|b")], "message 0 tag 'a|b' may not hold"),
+        ([message("orders", tag=" a")], "outer blanks"),
+        ([message("orders", tag="a\x00")], "control characters"),
+        ([message("orders", keys=["a", ""])], "non-empty words"),
+        ([message("orders", keys=["k"] * 65)], "at most 64"),
+        ([message("orders", keys=["k" * 40_000])], "40001 bytes together: at most 32767"),
+        ([message("orders", properties={"a": "x" * 32_767})], "at most 32767"),
+    ],
+)
+def test_what_is_refused_and_why(messages: list[Message], text: str) -> None:
+    with pytest.raises(InvalidMessageError) as caught:
+        parsed(batch(messages))
+    assert text in caught.value.message
+
+
+def test_the_brokers_fields_are_refused() -> None:
+    for item in (message("orders"), message("orders")):
+        item.system.CopyFrom(SystemRecord(epoch_started=EpochStarted(epoch=9)))
+        with pytest.raises(InvalidMessageError, match="only brokers"):
+            parsed(batch([item]))
+    item = message("orders")
+    item.origin.CopyFrom(Origin())
+    with pytest.raises(InvalidMessageError, match="only brokers"):
+        parsed(batch([item]))
+
+
+def test_a_long_sharding_key_and_a_bad_producer_group_are_refused() -> None:
+    item = message("orders")
+    item.sharding_key = "s" * 65
+    with pytest.raises(InvalidMessageError, match="sharding key has 65"):
+        parsed(batch([item]))
+    item = message("orders")
+    item.producer_group = "bad group"
+    with pytest.raises(InvalidMessageError, match="producer group"):
+        parsed(batch([item]))
+
+
+def test_the_body_limit_is_the_brokers() -> None:
+    parsed(batch([message("orders", b"x" * 100)]), body_bytes_max=100)
+    with pytest.raises(InvalidMessageError, match=r"101 bytes: 1\.\.100"):
+        parsed(batch([message("orders", b"x" * 101)]), body_bytes_max=100)
+
+
+def test_frames_must_be_padded_and_fit_the_sizes() -> None:
+    part = message("orders").SerializeToString()
+    plain = Segment(records=[Message.FromString(part)]).SerializeToString()
+    with pytest.raises(InvalidMessageError, match="no frame of"):
+        parsed(QueueBatch(topic="orders", records=plain, sizes=[len(part)]))
+    good = raw_batch(part, part)
+    with pytest.raises(InvalidMessageError, match="no frame of"):
+        parsed(QueueBatch(topic="orders", records=good.records, sizes=[len(part), len(part) + 1]))
+    with pytest.raises(InvalidMessageError, match="sizes say"):
+        parsed(QueueBatch(topic="orders", records=good.records, sizes=[len(part)]))
+    with pytest.raises(InvalidMessageError, match="no frame of"):
+        parsed(QueueBatch(topic="orders", records=good.records[:-1], sizes=[len(part), len(part), 3]))
+    with pytest.raises(InvalidMessageError, match="has no messages"):
+        parsed(QueueBatch(topic="orders"))
+    with pytest.raises(InvalidMessageError, match="bytes encoded: at most"):
+        parsed(QueueBatch(topic="orders", records=b"", sizes=[2**32 - 1]))
+
+
+def test_a_message_that_would_swallow_the_trailer_is_refused() -> None:
+    """Bytes that end in an open length-delimited field parse only together with what comes behind them."""
+    open_ended = message("orders").SerializeToString() + b"\x1a\x46"
+    with pytest.raises(InvalidMessageError, match="message 1 is not a valid Message"):
+        parsed(raw_batch(message("orders").SerializeToString(), open_ended))
+
+
+@settings(max_examples=300)
+@given(st.binary(max_size=300), st.lists(st.integers(0, 2**32 - 1), max_size=4))
+def test_any_bytes_are_taken_whole_or_refused(records: bytes, sizes: list[int]) -> None:
+    try:
+        checked = parsed(QueueBatch(topic="orders", records=records, sizes=sizes))
+    except InvalidMessageError:
+        return
+    assert b"".join(frame_header(len(part)) + bytes(part) for part in checked.parts) == records
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_a_changed_byte_is_seen_or_harmless(data: st.DataObject) -> None:
+    """Whatever passes, parses message by message, with and without the broker's trailer behind it."""
+    good = batch(numbered("orders", 1, 3))
+    records = bytearray(good.records)
+    at = data.draw(st.integers(0, len(records) - 1))
+    records[at] = data.draw(st.integers(0, 255))
+    good.records = bytes(records)
+    try:
+        checked = parsed(good)
+    except InvalidMessageError:
+        return
+    trailer = Message(queue_offset=12345).SerializeToString()
+    for part in checked.parts:
+        message_read = Message.FromString(bytes(part) + trailer)
+        assert message_read.queue_offset == 12345
+        assert message_read.topic == "orders"
+        assert not message_read.HasField("system")

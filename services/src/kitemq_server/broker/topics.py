@@ -124,8 +124,6 @@ class Topics:
         present = self._store.topics.get(name)
         if is_system_topic(name) or wanted.system or (present is not None and present.system):
             raise InvalidRequestError(f"topic {name!r} belongs to the system: choose another name", topic=name)
-        if present is not None and create_only:
-            raise AlreadyExistsError(f"topic {name!r} is there already on broker {self._broker_name!r}", topic=name)
         config = TopicConfig()
         config.CopyFrom(wanted)
         count = self._live.default_topic_queue_count
@@ -137,6 +135,11 @@ class Topics:
         _check_config(config)
         if present == config:
             return present, False, 0
+        if present is not None and create_only:
+            raise AlreadyExistsError(
+                f"topic {name!r} is there already on broker {self._broker_name!r}, with other settings: update it",
+                topic=name,
+            )
         return config, present is None, self._append(config)
 
     def delete(self, topic: str) -> int:

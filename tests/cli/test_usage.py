@@ -92,7 +92,7 @@ def test_the_command_is_light() -> None:
         (["topic", "create"], "missing argument 'TOPIC'"),
         (["topic", "create", "orders", "--queues", "0"], "should be greater than or equal to 1"),
         (["topic", "create", "orders", "--queues", "many"], "should be a valid integer"),
-        (["topic", "create", "orders", "--permission", "x"], "none of rw, r, w, -"),
+        (["topic", "create", "orders", "--permission", "x"], "none of rw, r, w"),
         (["topic", "create", "orders", "--attribute", "x"], "'x' is not name=value"),
         (["topic", "update", "orders"], "nothing to change"),
         (["topic", "list", "-o", "yaml"], "'yaml' is not one of"),

@@ -115,8 +115,9 @@ class ClusterCalls:
         if failures:
             broker, error = failures[0]
             done = f"; done on {_names(one for one, _ in answers)}" if answers else ""
+            where = "" if broker.broker_name in error.message else f"{broker.broker_name}: "
             raise type(error)(
-                f"{broker.broker_name}: {error.message}{done}",
+                f"{where}{error.message}{done}",
                 topic=error.topic,
                 address=broker.address,
                 request_id=error.request_id,

@@ -117,8 +117,9 @@ async def tail_topic(
         await channels.close()
 
 
-def _stored(message: ReceivedMessage) -> tuple[int, MessageQueue, int]:
-    return message.store_timestamp_ms, message.queue, message.queue_offset
+def _stored(message: ReceivedMessage) -> tuple[int, str, MessageQueue, int]:
+    """Order between queues. Within a millisecond ids tell what one producer sent first: they end in a count."""
+    return message.store_timestamp_ms, message.message_id, message.queue, message.queue_offset
 
 
 async def newest(
@@ -140,7 +141,7 @@ async def newest(
     if not count:
         return []
     found = await asyncio.gather(*(of_queue(queue) for queue in bounds))
-    return sorted((message for messages in found for message in messages), key=_stored)[-count:]
+    return list(heapq.merge(*found, key=_stored))[-count:]
 
 
 async def merged(
@@ -174,11 +175,11 @@ class Follower:
 
     async def run(self, offsets: dict[MessageQueue, int]) -> None:
         """Follow the queues from `offsets` until cancelled. Raises what cannot heal by itself."""
+        route = await self._routes.get(self._reader.topic)
+        for queue in {*offsets, *route.readable}:  # those of a broker that did not answer: from their end
+            self._follow(queue, offsets.get(queue, BEYOND_THE_END))
         self._routes.add_listener(self._route_changed)
         try:
-            route = await self._routes.get(self._reader.topic)
-            for queue in {*offsets, *route.readable}:  # those of a broker that did not answer: from their end
-                self._follow(queue, offsets.get(queue, BEYOND_THE_END))
             while True:
                 await self._print_next()
         finally:

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
-_PERMISSIONS = {"r": 4, "w": 2, "rw": 6, "-": 0}
+_PERMISSIONS = {"r": 4, "w": 2, "rw": 6}
 
 TopicArgument = Annotated[str, typer.Argument(metavar="TOPIC", autocompletion=complete_topic)]
 PermissionOption = Annotated[
-    str | None, typer.Option("--permission", metavar="rw|r|w|-", help="What clients may do: read, write.")
+    str | None, typer.Option("--permission", metavar="rw|r|w", help="What clients may do: read, write.")
 ]
 AttributeOption = Annotated[
     list[str] | None,
@@ -38,7 +38,7 @@ def _permission(text: str | None) -> int | None:
     if text is None:
         return None
     if text not in _PERMISSIONS:
-        raise typer.BadParameter(f"{text!r} is none of rw, r, w, -", param_hint="--permission")
+        raise typer.BadParameter(f"{text!r} is none of rw, r, w", param_hint="--permission")
     return _PERMISSIONS[text]
 
 

@@ -99,7 +99,7 @@ class QueueState:
         self.resume = False
         self.blocked = False  # waits for a back-off, or for what is in flight behind a refusal
 
-    def take(self, bytes_left: int) -> tuple[list[Entry], int]:
+    def take(self, bytes_left: int, entries_left: int) -> tuple[list[Entry], int]:
         """The next entries for one batch: at least one, then as many as fit. Returns them and their bytes."""
         pending = self.pending
         entries: list[Entry] = []
@@ -109,6 +109,7 @@ class QueueState:
             first = entry.first_sequence or self.next_sequence
             if entries and (
                 size + entry.body_bytes > bytes_left
+                or len(entries) >= entries_left
                 or count + len(entry.parts) > BATCH_MESSAGES_MAX
                 or entry.alone
                 or entries[-1].alone

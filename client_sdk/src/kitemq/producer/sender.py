@@ -104,6 +104,7 @@ class BrokerSender:
         self._states: dict[MessageQueue, QueueState] = {}
         self._ready: deque[QueueState] = deque()
         self._requests: dict[int, _Request] = {}
+        self._in_flight_entries = 0
         self._next_number = 1
         self._waiter: asyncio.Future[None] | None = None
         self._ticking = False
@@ -235,17 +236,22 @@ class BrokerSender:
             return None
         batches: list[tuple[QueueState, list[Entry]]] = []
         encoded: list[broker_pb2.QueueBatch] = []
-        left = REQUEST_BYTES_MAX
+        bytes_left = REQUEST_BYTES_MAX
+        # At most half of what is under way, so that broker and producer work at the same time, not in turn.
+        under_way = sum(len(state.pending) for state in ready) + self._in_flight_entries
+        entries_left = (under_way + 1) // 2
         again: list[QueueState] = []
-        while ready and left > 0:
+        while ready and bytes_left > 0 and entries_left > 0:
             state = ready.popleft()
             if state.blocked or not state.pending:
                 continue
             if state.in_flight >= IN_FLIGHT_BATCHES_MAX:
                 again.append(state)
                 continue
-            entries, size = state.take(left)
-            left -= size
+            entries, size = state.take(bytes_left, entries_left)
+            bytes_left -= size
+            entries_left -= len(entries)
+            self._in_flight_entries += len(entries)
             state.in_flight += 1
             batches.append((state, entries))
             encoded.append(
@@ -277,6 +283,7 @@ class BrokerSender:
         elapsed_s = monotonic() - request.sent_at
         for (state, entries), batch in zip(request.batches, result.batches, strict=True):
             state.in_flight -= 1
+            self._in_flight_entries -= len(entries)
             if batch.HasField("error"):
                 self._refused(state, entries, batch.error)
             else:
@@ -327,6 +334,7 @@ class BrokerSender:
     def _recover(self, error: KiteMQError) -> None:
         """The stream is gone: put what was under way back in front, in order, under the same numbers."""
         requests, self._requests = self._requests, {}
+        self._in_flight_entries = 0
         lost: dict[QueueState, list[Entry]] = {}
         for state in self._states.values():
             if state.refused:

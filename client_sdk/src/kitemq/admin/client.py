@@ -219,10 +219,7 @@ class AdminClient:
                 config.permission = permission
             if order is not None:
                 config.order = order
-            for name, value in (attributes or {}).items():
-                config.attributes[name] = value
-                if not value:
-                    del config.attributes[name]
+            config.attributes.update(attributes or {})
             changes.append((broker, admin_pb2.SetTopicRequest(topic=config)))
         if not changes:
             raise _topic_not_found(topic)

@@ -117,7 +117,8 @@ class Topics:
     def set(self, wanted: TopicConfig, *, create_only: bool) -> tuple[TopicConfig, bool, int]:
         """Create or change a topic: (as it is now, created, physical end of the record; 0 = nothing changed).
 
-        Zero counts and permission mean the present ones, or for a new topic the broker's default and read-write.
+        Zero counts and permission mean the present ones, or for a new topic the broker's default and read-write. No
+        attributes mean the present ones; one with an empty value is removed.
         """
         name = wanted.name
         check_topic(name)
@@ -132,6 +133,8 @@ class Topics:
         config.permission = wanted.permission or (present.permission if present else PERMISSION_READ_WRITE)
         if present is not None and not wanted.attributes:
             config.attributes.update(present.attributes)
+        for key in [key for key, value in config.attributes.items() if not value]:
+            del config.attributes[key]
         _check_config(config)
         if present == config:
             return present, False, 0

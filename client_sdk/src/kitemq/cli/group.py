@@ -10,7 +10,7 @@ import typer
 
 from kitemq.cli.completion import complete_group, complete_topic
 from kitemq.cli.options import NamesrvOption, OutputOption, YesOption, connection, parse_time_option
-from kitemq.cli.output import Format, emit, emit_facts, emit_json, emit_table, note, span_text
+from kitemq.cli.output import Format, count_text, emit, emit_facts, emit_json, emit_table, note, span_text
 from kitemq.cli.queues import parse_queue
 from kitemq.cli.session import with_admin
 
@@ -153,7 +153,7 @@ def reset_offset(
         if not yes:
             typer.confirm(f"Move the offsets of {group} in {topic}?", abort=True, err=True)
         moves = reset(only_show=False)
-        note(f"Moved the offsets of {group} in {topic}: {len(moves)} queues.")
+        note(f"Moved the offsets of {group} in {topic}: {count_text(len(moves), 'queue')}.")
     if output is Format.JSON:
         emit_json({"group": group, "topic": topic, "applied": not dry_run, "moves": [_move(one) for one in moves]})
 

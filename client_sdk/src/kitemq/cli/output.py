@@ -85,6 +85,11 @@ def span_text(span_ms: float) -> str:
     return f"{_three(hours)} h" if hours < 72 else f"{_three(hours / 24)} d"
 
 
+def count_text(count: int, noun: str) -> str:
+    """ "1 message", "2 messages"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def bytes_text(count: int) -> str:
     """ "512 B", "1.2 KiB", "3.4 GiB"."""
     size = float(count)

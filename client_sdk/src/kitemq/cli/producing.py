@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from kitemq.cli.messages import parse_message_line
 from kitemq.cli.options import Connection
-from kitemq.cli.output import bytes_text, note
+from kitemq.cli.output import bytes_text, count_text, note
 from kitemq.cli.session import ExitCode, exit_code_of
 from kitemq.errors import InvalidRequestError, KiteMQError
 from kitemq.message import Message, SendReceipt, SendStatus
@@ -108,7 +108,7 @@ class LineProducer:
             self._lines.put_nowait(None)
         await asyncio.wait(workers, timeout=STOP_S)
         doubt = f", {self.under_way} may or may not be stored" if self.under_way else ""
-        note(f"Stopped: {self.sent} messages sent{doubt}.")
+        note(f"Stopped: {count_text(self.sent, 'message')} sent{doubt}.")
 
     async def _feed(self) -> None:
         number = 0
@@ -171,13 +171,13 @@ class LineProducer:
             sys.stdout.write(json.dumps(value) + "\n")
 
     def _summarize(self, took_s: float) -> None:
-        parts = [f"Sent {self.sent} messages to {self._template.topic} in {took_s:.1f} s"]
+        parts = [f"Sent {count_text(self.sent, 'message')} to {self._template.topic} in {took_s:.1f} s"]
         if self.failed:
-            parts.append(f"{self.failed} lines failed")
+            parts.append(f"{count_text(self.failed, 'line')} failed")
         if self._refused is not None:
             parts.append("stopped reading at the first refusal")
         if self.empty:
-            parts.append(f"{self.empty} empty lines passed over")
+            parts.append(f"{count_text(self.empty, 'empty line')} passed over")
         parts += [f"{count} stored but not proven durable ({status.name})" for status, count in self._unproven.items()]
         note("; ".join(parts) + ".")
 

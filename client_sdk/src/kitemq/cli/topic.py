@@ -9,7 +9,7 @@ import typer
 
 from kitemq.cli.completion import complete_topic
 from kitemq.cli.options import BrokerOption, NamesrvOption, OutputOption, YesOption, connection, parse_pairs_option
-from kitemq.cli.output import Format, emit, emit_facts, emit_json, emit_table, note, time_text
+from kitemq.cli.output import Format, count_text, emit, emit_facts, emit_json, emit_table, note, time_text
 from kitemq.cli.session import with_admin
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ def delete(
         )
         on = ", ".join(one.broker_name for one in found.settings if not broker or one.broker_name in broker)
         readers = f", read by {', '.join(found.groups)}" if found.groups else ""
-        typer.confirm(f"Delete topic {topic} on {on}: {kept} messages{readers}?", abort=True, err=True)
+        typer.confirm(f"Delete topic {topic} on {on}: {count_text(kept, 'message')}{readers}?", abort=True, err=True)
     names = with_admin(where, lambda admin: admin.delete_topic(topic, brokers=broker or ()))
     note(f"Deleted {topic} on {', '.join(names)}.")
 

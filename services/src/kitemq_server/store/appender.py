@@ -127,9 +127,8 @@ class Appender:
 
     def _begin(self, byte_count: int, *, client: bool) -> RecordBuilder:
         """Refuses what has to be refused. After it, only a broken disk can stop the append."""
-        error = self._confirmation.error
-        if error is not None:
-            raise error
+        if self._confirmation.failure:
+            raise self._confirmation.error()
         try:
             self._writer.check_room(byte_count, client=client)
         except OSError as disk_error:
@@ -152,8 +151,8 @@ class Appender:
 
     def _failed(self, error: OSError) -> BrokerUnavailableError:
         self._on_failure(error)
-        assert self._confirmation.error is not None
-        return self._confirmation.error
+        assert self._confirmation.failed
+        return self._confirmation.error()
 
     # ---- repeats
 

@@ -31,7 +31,7 @@ class Confirmation:
         "_unconfirmed",
         "_waiters",
         "confirm_offset",
-        "error",
+        "failure",
         "flushed_offset",
         "listener",
         "written_offset",
@@ -42,11 +42,20 @@ class Confirmation:
         self.written_offset = end_offset
         self.flushed_offset = end_offset
         self.confirm_offset = end_offset
-        self.error: BrokerUnavailableError | None = None
+        self.failure = ""
         self.listener: Callable[[Sequence[ConsumeQueue]], None] = _nobody
         self._unconfirmed: deque[tuple[int, Moves]] = deque()
         self._waiters: list[tuple[int, int, asyncio.Future[bool]]] = []
         self._order = count()
+
+    @property
+    def failed(self) -> bool:
+        """Nothing more will be confirmed."""
+        return bool(self.failure)
+
+    def error(self) -> BrokerUnavailableError:
+        """What whoever appends or waits is told after a failure."""
+        return BrokerUnavailableError(self.failure)
 
     def appended(self, end_offset: int, queues: Sequence[ConsumeQueue]) -> None:
         """An append up to `end_offset` is under way; these queues have new entries."""
@@ -67,7 +76,7 @@ class Confirmation:
     def _advance_confirm(self) -> None:
         """The one place that decides what is confirmed."""
         confirm_offset = self.flushed_offset if self._sync else self.written_offset
-        if confirm_offset <= self.confirm_offset or self.error is not None:
+        if confirm_offset <= self.confirm_offset or self.failure:
             return
         self.confirm_offset = confirm_offset
         unconfirmed = self._unconfirmed
@@ -87,8 +96,8 @@ class Confirmation:
 
         Raises BrokerUnavailableError as soon as the store has failed.
         """
-        if self.error is not None:
-            raise self.error
+        if self.failure:
+            raise self.error()
         if end_offset <= self.confirm_offset:
             return True
         loop = asyncio.get_running_loop()
@@ -100,13 +109,13 @@ class Confirmation:
         finally:
             timer.cancel()
 
-    def fail(self, error: BrokerUnavailableError) -> None:
-        """Nothing more will be confirmed: every waiter hears so."""
-        self.error = error
+    def fail(self, failure: str) -> None:
+        """Nothing more will be confirmed: every waiter hears so. failure: why, in words for clients."""
+        self.failure = failure
         while self._waiters:
             future = heappop(self._waiters)[2]
             if not future.done():
-                future.set_exception(error)
+                future.set_exception(self.error())
 
 
 def _resolve(future: asyncio.Future[bool], confirmed: bool) -> None:

@@ -24,14 +24,15 @@ _POSITION = struct.Struct(">Q")
 class QueueFiles:
     """The files of all consume queues."""
 
-    __slots__ = ("_cache", "disk", "entries_per_file", "layout", "unsynced")
+    __slots__ = ("_cache", "_new_directories", "_unsynced", "disk", "entries_per_file", "layout")
 
     def __init__(self, disk: Disk, layout: Layout, *, entries_per_file: int, open_files_max: int) -> None:
         self.disk = disk
         self.layout = layout
         self.entries_per_file = entries_per_file
         self._cache = FileCache(open_files_max)
-        self.unsynced: set[Path] = set()  # written since the last snapshot; the store's thread's
+        self._unsynced: set[Path] = set()  # written since the last snapshot; the store's thread's
+        self._new_directories: set[Path] = set()
 
     def path(self, topic: str, queue_id: int, file_number: int) -> Path:
         """The file with the entries from number file_number * entries_per_file on."""
@@ -71,18 +72,35 @@ class QueueFiles:
                 file = self.disk.open(path, create=True)
             except FileNotFoundError:
                 self.disk.mkdir(path.parent)
+                self._new_directories |= {path.parent.parent, self.layout.consume_queue}
                 file = self.disk.open(path, create=True)
             try:
                 write_all(file, data[done : done + part * ENTRY_BYTES], within * ENTRY_BYTES)
             finally:
                 file.close()
             done += part * ENTRY_BYTES
-            self.unsynced.add(path)
+            self._unsynced.add(path)
 
     def sync(self) -> None:
         """Everything written is on disk when this returns."""
-        self.disk.sync_files(self.unsynced)
-        self.unsynced.clear()
+        self.disk.sync_files(self._unsynced)
+        for directory in self._new_directories:
+            with suppress(FileNotFoundError):  # deleted since, with its topic
+                self.disk.fsync_dir(directory)
+        self._unsynced.clear()
+        self._new_directories.clear()
+
+    def first_kept(self, topic: str, queue_id: int, first: int, end: int) -> int:
+        """`first`, or where the first file that is there begins, if all before it are gone."""
+        while first < end:
+            number = first // self.entries_per_file
+            try:
+                self.disk.file_bytes(self.path(topic, queue_id, number))
+            except FileNotFoundError:
+                first = min((number + 1) * self.entries_per_file, end)
+            else:
+                break
+        return first
 
     def complete(self, topic: str, queue_id: int, first: int, end: int) -> bool:
         """Whether the files hold every entry from `first` up to `end`."""
@@ -95,13 +113,20 @@ class QueueFiles:
                 return False
         return True
 
-    def remove_below(self, topic: str, queue_id: int, queue_offset: int) -> None:
-        """Removes the files all of whose entries are below `queue_offset`. Then `forget` the topic's open files."""
+    def remove_below(self, topic: str, queue_id: int, queue_offset: int) -> int:
+        """Removes the files all of whose entries are below `queue_offset`; returns how many. `forget` them then."""
+        count = 0
         directory = self.layout.queue(topic, queue_id)
         for name in self.disk.listdir(directory):
             start = parse_offset_name(name)
             if start is not None and start // ENTRY_BYTES + self.entries_per_file <= queue_offset:
-                self.disk.remove(directory / name)
+                self._remove(directory / name)
+                count += 1
+        return count
+
+    def _remove(self, path: Path) -> None:
+        self.disk.remove(path)
+        self._unsynced.discard(path)
 
     def remove_deleted(self, topic: str, ends: Mapping[int, int]) -> None:
         """Removes what a deleted topic left. ends: end offset by queue id of its next life, whose files stay."""
@@ -112,7 +137,7 @@ class QueueFiles:
             for name in self.disk.listdir(queue_directory):
                 start = parse_offset_name(name)
                 if start is None or start // ENTRY_BYTES >= end_offset:
-                    self.disk.remove(queue_directory / name)
+                    self._remove(queue_directory / name)
             if not end_offset:
                 self.disk.rmdir(queue_directory)
         if not any(ends.values()):
@@ -192,6 +217,22 @@ class ConsumeQueue:
         self.tail += entries
         self.next_offset += count
 
+    def begin_at(self, queue_offset: int) -> None:
+        """The queue, which is empty, begins here."""
+        assert self.next_offset == self.min_offset
+        self.min_offset = self.max_offset = self.next_offset = self.tail_offset = queue_offset
+
+    def place(self, queue_offset: int, entry: tuple[int, int, int]) -> None:
+        """Appends the entry of a record that is read from the log again, and makes it the last.
+
+        A gap before it is records that were lost; entries at or behind it are of a queue that has begun anew.
+        """
+        if queue_offset < self.next_offset:
+            self.cut(queue_offset)
+        elif queue_offset > self.next_offset:
+            self.append_holes(queue_offset, entry[0])
+        self.append(ENTRY.pack(*entry), 1)
+
     def append_holes(self, end_offset: int, physical_offset: int) -> None:
         """Fills up to `end_offset` with entries whose records are lost. They name where the next record lies."""
         count = end_offset - self.next_offset
@@ -210,6 +251,15 @@ class ConsumeQueue:
         if count > 0:
             del self.tail[: count * ENTRY_BYTES]
             self.tail_offset = end_offset
+
+    def mend(self, queue_offset: int, entry: tuple[int, int, int]) -> bytes:
+        """Puts one entry right, as far as it is in memory; returns its bytes."""
+        data = ENTRY.pack(*entry)
+        start = (queue_offset - self.tail_offset) * ENTRY_BYTES
+        if start >= 0:
+            self.tail[start : start + ENTRY_BYTES] = data
+        self.damaged.discard(queue_offset)
+        return data
 
     def first_at_or_after(self, physical_offset: int) -> int:
         """Queue offset of the first entry whose record lies at or after `physical_offset`; next_offset when none."""

@@ -7,9 +7,10 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
-from kitemq.errors import BrokerUnavailableError
+from kitemq.errors import KiteMQError
 from kitemq.proto.v1 import message_pb2
 from kitemq_server.store.appender import Appended, Appender
 from kitemq_server.store.batch import AppendReceipt, ClientBatch, OffsetRun
@@ -19,18 +20,24 @@ from kitemq_server.store.confirm import Confirmation
 from kitemq_server.store.consume_queue import ConsumeQueue
 from kitemq_server.store.disk import Disk, RealDisk
 from kitemq_server.store.file_cache import FileCache
+from kitemq_server.store.housekeeping import Housekeeping
+from kitemq_server.store.index_buckets import Buckets, LmdbBuckets, MemoryBuckets
+from kitemq_server.store.key_index import FOUND_MAX, Fed, KeyIndex
 from kitemq_server.store.log_writer import LogWriter
+from kitemq_server.store.offset_commits import OffsetCommits
 from kitemq_server.store.opening import Opened, open_files
 from kitemq_server.store.queue_reader import QueueReader, ReadResult, ReadStatus
 from kitemq_server.store.record import Record
+from kitemq_server.store.retention import Retention
+from kitemq_server.store.scrub import Scrub
 from kitemq_server.store.snapshotter import Snapshotter
 from kitemq_server.store.store_thread import StoreThread
 from kitemq_server.store.tables import EpochStart, LockKey, OffsetTable
 
 logger = logging.getLogger(__name__)
 
-OFFSETS_PER_RECORD = 10_000
-_FULL_RETRY_S = 1.0
+_THREAD_FILES_MAX = 8
+_END_OF_TIME_MS = 1 << 63
 
 
 def wall_clock_ms() -> int:
@@ -52,6 +59,7 @@ class MessageStore:
         thread: StoreThread,
         failed: asyncio.Future[Exception],
         clock_ms: Callable[[], int],
+        buckets: Buckets,
     ) -> None:
         self._config = config
         self._thread = thread
@@ -71,7 +79,7 @@ class MessageStore:
             on_messages=self._appended_messages,
         )
         self._log_reader = LogReader(opened.log, FileCache(config.open_files_max))
-        self._reader = QueueReader(self._log_reader)
+        self._reader = QueueReader(self._log_reader, self._write_entry)
         self._snapshotter = Snapshotter(
             opened.disk,
             opened.layout,
@@ -83,9 +91,45 @@ class MessageStore:
             thread=thread,
             kept=opened.snapshots,
         )
-        self._uncommitted: dict[tuple[str, str, int], message_pb2.GroupOffset] = {}
-        self._uncommitted_since = 0.0
-        self._full_retry_at = 0.0
+        self._thread_reader = LogReader(opened.log, FileCache(_THREAD_FILES_MAX))
+        self._index = KeyIndex(
+            buckets,
+            store_uuid=opened.store_uuid,
+            reader=self._log_reader,
+            thread_reader=self._thread_reader,
+            feed_from=opened.log.end_offset,
+        )
+        self._scrub = Scrub(self._thread_reader, opened.state.queues, self._reader, thread, time.monotonic())
+        self._retention = Retention(
+            log=opened.log,
+            reader=self._log_reader,
+            thread_reader=self._thread_reader,
+            state=opened.state,
+            space=opened.space,
+            index=self._index,
+            thread=thread,
+            clock_ms=clock_ms,
+            snapshot_floor=lambda: self._snapshotter.floor,
+            append_change=self.append_change,
+            flush=self._flush,
+        )
+        self._commits = OffsetCommits(
+            opened.state.tables.offsets, self._appender.append_changes, interval_ms=config.offsets_interval_ms
+        )
+        self._housekeeping = Housekeeping(
+            config,
+            log=opened.log,
+            writer=self._writer,
+            appender=self._appender,
+            confirmation=self._confirmation,
+            commits=self._commits,
+            snapshotter=self._snapshotter,
+            index=self._index,
+            retention=self._retention,
+            scrub=self._scrub,
+            space=opened.space,
+            thread=thread,
+        )
         self.failed = failed
         self.store_uuid = opened.store_uuid
         self.recovery = opened.report
@@ -155,6 +199,7 @@ class MessageStore:
 
     def append_change(self, change: message_pb2.SystemRecord) -> int:
         """Appends a change of the tables, applies it, and returns its physical end. Raises as `append`."""
+        self._commits.append_pending()
         return self._appender.append_changes([change])
 
     def commit_offsets(self, offsets: Iterable[message_pb2.GroupOffset], *, durable: bool) -> int:
@@ -163,31 +208,8 @@ class MessageStore:
         durable: appended at once; returns the physical end to wait for. Otherwise they go into one record every
         `offsets_interval_ms`, and 0 is returned. Raises as `append` (durable only).
         """
-        table = self._state.tables.offsets
-        moved = [offset for offset in offsets if table.moves(offset)]
-        if durable:
-            return self._append_offsets(moved) if moved else self._confirmation.confirm_offset
-        if moved and not self._uncommitted:
-            self._uncommitted_since = time.monotonic()
-        for offset in moved:
-            table.commit(offset)
-            self._uncommitted[offset.group, offset.topic, offset.queue_id] = offset
-        return 0
-
-    def _append_offsets(self, offsets: Sequence[message_pb2.GroupOffset]) -> int:
-        return self._appender.append_changes(
-            [
-                message_pb2.SystemRecord(
-                    offsets_committed=message_pb2.OffsetsCommitted(offsets=offsets[start : start + OFFSETS_PER_RECORD])
-                )
-                for start in range(0, len(offsets), OFFSETS_PER_RECORD)
-            ]
-        )
-
-    def _append_uncommitted(self) -> None:
-        offsets, self._uncommitted = list(self._uncommitted.values()), {}
-        if offsets:
-            self._append_offsets(offsets)
+        end_offset = self._commits.commit(offsets, durable=durable)
+        return self._log.end_offset if durable and not end_offset else end_offset
 
     # ---- confirmation
 
@@ -245,13 +267,33 @@ class MessageStore:
         record = self._log_reader.record_at(physical_offset)
         return record if record is not None and record.end_offset <= self.confirm_offset else None
 
+    def find_by_id(self, message_id: str) -> Record | None:
+        """The newest confirmed message with this id."""
+        return self._index.find_by_id(message_id, self.confirm_offset)
+
+    def find_by_key(
+        self, topic: str, key: str, *, begin_ms: int = 0, end_ms: int = 0, count_max: int = FOUND_MAX
+    ) -> list[Record]:
+        """Confirmed messages of the topic with this key, stored in [begin_ms, end_ms), newest first.
+
+        end_ms: 0 = open. count_max: at most 64.
+        """
+        return self._index.find_by_key(
+            topic,
+            key,
+            self.confirm_offset,
+            begin_ms=begin_ms,
+            end_ms=end_ms or _END_OF_TIME_MS,
+            count_max=min(count_max, FOUND_MAX),
+        )
+
     def search_timestamp(self, queue: ConsumeQueue, timestamp_ms: int) -> int:
         """First queue offset stored at or after `timestamp_ms`; max_offset when nothing is that young."""
         return self._reader.search_timestamp(queue, timestamp_ms)
 
-    def timestamp_at(self, queue: ConsumeQueue, queue_offset: int) -> int:
+    def store_timestamp(self, queue: ConsumeQueue, queue_offset: int) -> int:
         """Store timestamp in ms of the message at `queue_offset`; 0 when there is none."""
-        return self._reader.timestamp_at(queue, queue_offset)
+        return self._reader.store_timestamp(queue, queue_offset)
 
     # ---- for metrics
 
@@ -288,7 +330,13 @@ class MessageStore:
     @property
     def damaged_record_count(self) -> int:
         """Damaged records and stretches found since the start."""
-        return self._reader.damaged_record_count + len(self.recovery.damages)
+        found = self._reader.damaged_record_count + self._scrub.damaged_stretch_count
+        return found + len(self.recovery.damages)
+
+    @property
+    def deleted_unconsumed(self) -> Mapping[str, int]:
+        """Messages deleted since the start that a group had not consumed, by group."""
+        return self._retention.deleted_unconsumed
 
     @property
     def snapshot_cost_s(self) -> float:
@@ -304,64 +352,97 @@ class MessageStore:
     def fsync_observer(self, observer: Callable[[float], None] | None) -> None:
         self._writer.fsync_observer = observer
 
+    # ---- settings
+
+    @property
+    def config(self) -> StoreConfig:
+        """The settings in force."""
+        return self._config
+
+    def reconfigure(
+        self,
+        *,
+        retention_hours: float | None = None,
+        retention_bytes: int | None = None,
+        disk_watermark_percent: int | None = None,
+        scrub_bytes_per_s: int | None = None,
+    ) -> None:
+        """Changes what can be changed while the store is open. Raises ValueError."""
+        old = self._config
+        self._config = self._housekeeping.config = replace(
+            old,
+            retention_hours=old.retention_hours if retention_hours is None else retention_hours,
+            retention_bytes=old.retention_bytes if retention_bytes is None else retention_bytes,
+            disk_watermark_percent=(
+                old.disk_watermark_percent if disk_watermark_percent is None else disk_watermark_percent
+            ),
+            scrub_bytes_per_s=old.scrub_bytes_per_s if scrub_bytes_per_s is None else scrub_bytes_per_s,
+        )
+
     # ---- life
 
     def fail(self, error: Exception) -> None:
         """The store is broken: waiters and appends fail from now on, `failed` is done."""
         if not self.failed.done():
             logger.error("store failed, it recovers at the next start: %r", error)
-            self._confirmation.fail(
-                BrokerUnavailableError(f"broker {self._config.broker_name} stops: its store has failed")
-            )
+            self._confirmation.fail(f"broker {self._config.broker_name} stops: its store has failed")
             self.failed.set_result(error)
 
-    def _begin_epoch(self, epoch: int) -> int:
+    async def _begin(self, epoch: int) -> None:
+        """Begins the epoch of this start: its record is on disk before anything is served."""
+        end_offset = self._log.end_offset
+        await self._thread.call(lambda: self._index.open(end_offset, self.epochs))
         self._appender.epoch = epoch
-        started = message_pb2.EpochStarted(
-            epoch=epoch, first_physical_offset=self._log.end_offset, store_uuid=self.store_uuid
-        )
-        return self.append_change(message_pb2.SystemRecord(epoch_started=started))
+        started = message_pb2.EpochStarted(epoch=epoch, first_physical_offset=end_offset, store_uuid=self.store_uuid)
+        self.append_change(message_pb2.SystemRecord(epoch_started=started))
+        await self._flush()
+
+    async def _flush(self) -> None:
+        await self._thread.call(self._writer.flush)
 
     def _appended_messages(self, timestamp_ms: int, start: int, end: int, appended: list[Appended]) -> None:
-        pass
+        self._index.add(Fed(timestamp_ms, start, end, appended))
 
-    async def _run(self) -> None:
-        """What has to be done now and then."""
-        while True:
-            await asyncio.sleep(self._config.flush_interval_ms / 1000)
-            if self._confirmation.error is None:
-                self._tick(time.monotonic())
+    def _write_entry(self, queue: ConsumeQueue, queue_offset: int, entry: bytes) -> None:
+        def write() -> None:
+            if not queue.deleted:
+                self._state.queues.files.write(queue.topic, queue.queue_id, queue_offset, entry)
 
-    def _tick(self, now_s: float) -> None:
-        if self._writer.dirty:
-            self._writer.flush_soon()
-        if self._uncommitted and (now_s - self._uncommitted_since) * 1000 >= self._config.offsets_interval_ms:
-            self._append_uncommitted()
-        if self._space.full and now_s >= self._full_retry_at:
-            self._full_retry_at = now_s + _FULL_RETRY_S
-            self._writer.recover_space()
-        self._snapshotter.start_if_due(self._log.end_offset, self._appender.record_count)
+        self._thread.run(write)
 
     async def _close(self) -> None:
         """Leaves nothing for the next start to do, unless the store has failed."""
-        if self._confirmation.error is None:
-            self._append_uncommitted()
-            await self._thread.call(self._writer.flush)
-            self._snapshotter.start(self._log.end_offset, self._appender.record_count)
-            await self._thread.drain()
-            self._confirmation.fail(BrokerUnavailableError(f"broker {self._config.broker_name} is stopping"))
-        await self._thread.close()
-        self._log_reader.close()
-        self._state.queues.files.close()
-        self._writer.close()
+        try:
+            if not self._confirmation.failed:
+                self._commits.append_pending()
+                await self._flush()
+                self._housekeeping.index()
+                self._snapshotter.start(self._log.end_offset, self._appender.record_count)
+                await self._thread.drain()
+        except (OSError, KiteMQError) as error:
+            logger.error("store not closed cleanly, the next start recovers it: %r", error)
+        finally:
+            self._confirmation.fail(f"broker {self._config.broker_name} is stopping")
+            await self._thread.close()
+            self._index.close()
+            self._log_reader.close()
+            self._thread_reader.close()
+            self._state.queues.files.close()
+            self._writer.close()
 
 
 @asynccontextmanager
 async def open_store(
-    disk: Disk, root: Path, config: StoreConfig, *, clock_ms: Callable[[], int] = wall_clock_ms
+    disk: Disk,
+    root: Path,
+    config: StoreConfig,
+    *,
+    clock_ms: Callable[[], int] = wall_clock_ms,
+    buckets: Buckets | None = None,
 ) -> AsyncIterator[MessageStore]:
     """Locks and recovers the store below `root`, begins a new epoch, and closes it cleanly at the end.
 
+    buckets: where the key index is kept; by default in LMDB below `root` on a real disk, else in memory.
     Raises StoreOpenError when the directory cannot be served as it is, OSError when the disk fails.
     """
     loop = asyncio.get_running_loop()
@@ -380,16 +461,17 @@ async def open_store(
         await thread.close()
         raise
     try:
-        store = MessageStore(opened, config, thread, failed, clock_ms)
-        end_offset = store._begin_epoch(opened.next_epoch)
-        await thread.call(store._writer.flush)
-        await store.wait_confirmed(end_offset, timeout_s=60)
+        if buckets is None:
+            buckets = LmdbBuckets(opened.layout.index) if isinstance(disk, RealDisk) else MemoryBuckets()
+        store = MessageStore(opened, config, thread, failed, clock_ms, buckets)
+        await store._begin(opened.next_epoch)
         async with asyncio.TaskGroup() as tasks:
-            runner = tasks.create_task(store._run())
+            runners = [tasks.create_task(store._housekeeping.run()), tasks.create_task(store._housekeeping.retain())]
             try:
                 yield store
             finally:
-                runner.cancel()
+                for runner in runners:
+                    runner.cancel()
                 await store._close()
     finally:
         opened.lock.close()

@@ -47,6 +47,7 @@ def open_files(disk: Disk, root: Path, config: StoreConfig) -> Opened:
     layout = Layout(root)
     for directory in layout.directories():
         disk.mkdir(directory)
+    disk.fsync_dir(root)
     try:
         lock = disk.lock(layout.lock)
     except BlockingIOError:
@@ -132,7 +133,8 @@ def _load_snapshots(disk: Disk, layout: Layout, store_uuid: str) -> tuple[list[i
             return offsets, load_snapshot(disk, path, store_uuid)
         except SnapshotDamagedError as error:
             logger.error("snapshot damaged, the one before is used: path=%s what=%s", path, error)
-            disk.rename(path, layout.damaged / path.name)
+            replace_file(disk, layout.damaged / path.name, read_file(disk, path))
+            disk.remove(path)
             disk.fsync_dir(layout.snapshot)
             offsets.pop()
     return [], None

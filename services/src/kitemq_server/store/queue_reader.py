@@ -5,21 +5,32 @@ from __future__ import annotations
 import logging
 import struct
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
 from itertools import accumulate
 
-from kitemq.protocol.record import EPOCH_FROM_END, RECORD_BYTES_MIN, STORE_TIMESTAMP_FROM_END, U32, U64, tags_code
+from kitemq.protocol.names import RECORD_BYTES_MAX
+from kitemq.protocol.record import (
+    EPOCH_FROM_END,
+    FRAME_BYTES,
+    RECORD_BYTES_MIN,
+    STORE_TIMESTAMP_FROM_END,
+    U32,
+    U64,
+    tags_code,
+)
 from kitemq_server.store.commit_log import LogReader
 from kitemq_server.store.consume_queue import ENTRY_BYTES, ConsumeQueue
+from kitemq_server.store.queue_repair import find_record
 from kitemq_server.store.record import Record, check_record
 
 logger = logging.getLogger(__name__)
 
 SCAN_ENTRIES_MAX = 16_000  # that one filtered read looks at
 _SCAN_STEP = 2_000
+_RECORD_SIZE_MAX = RECORD_BYTES_MAX + FRAME_BYTES
 
 
 class ReadStatus(IntEnum):
@@ -63,11 +74,16 @@ def _entries_struct(count: int) -> struct.Struct:
 
 
 class QueueReader:
-    """Reads records of queues through one LogReader."""
+    """Reads records of queues through one LogReader.
 
-    def __init__(self, reader: LogReader) -> None:
+    write_entry: called with a queue, an offset and the entry's bytes when an entry in a file has to be put right.
+    """
+
+    def __init__(self, reader: LogReader, write_entry: Callable[[ConsumeQueue, int, bytes], None]) -> None:
         self._reader = reader
+        self._write_entry = write_entry
         self.damaged_record_count = 0
+        self.mended_entry_count = 0
 
     def read(
         self,
@@ -174,8 +190,10 @@ class QueueReader:
             step = min(_SCAN_STEP, scan_end - offset)
             data = queue.entries(offset, step)
             count = len(data) // ENTRY_BYTES
-            found = _entries_struct(count).unpack(data[: count * ENTRY_BYTES])[2::3]
-            matches += [offset + index for index, code in enumerate(found) if code in codes]
+            fields = _entries_struct(count).unpack(data[: count * ENTRY_BYTES])
+            matches += [
+                offset + index for index, code in enumerate(fields[2::3]) if code in codes or not fields[3 * index]
+            ]
             if count < step:  # the files lost entries: look at the records themselves
                 matches += range(offset + count, offset + step)
             offset += step
@@ -226,10 +244,13 @@ class QueueReader:
         if queue_offset in queue.damaged:
             return None
         entry = queue.entry(queue_offset)
-        if entry is not None and entry[1] == 0:
+        if entry is not None and is_hole(entry):
             return None
-        record = check_record(self._reader.pread(entry[0], entry[1]), entry[0]) if entry is not None else None
-        if record is not None and _belongs(record, queue, queue_offset):
+        record = self._record_of(queue, queue_offset, entry)
+        if record is None and (record := find_record(self._reader, queue, queue_offset)) is not None:
+            code = tags_code(record.message().tag)
+            self.mend(queue, queue_offset, (record.physical_offset, len(record.data), code))
+        if record is not None:
             return record
         queue.damaged.add(queue_offset)
         self.damaged_record_count += 1
@@ -242,14 +263,38 @@ class QueueReader:
         )
         return None
 
+    def _record_of(self, queue: ConsumeQueue, queue_offset: int, entry: tuple[int, int, int] | None) -> Record | None:
+        """The record that an entry leads to, if it is good and of this place in this queue."""
+        if entry is None or not RECORD_BYTES_MIN <= entry[1] <= _RECORD_SIZE_MAX:
+            return None
+        record = check_record(self._reader.pread(entry[0], entry[1]), entry[0])
+        return record if record is not None and _belongs(record, queue, queue_offset) else None
+
+    def is_sound(self, queue: ConsumeQueue, queue_offset: int, seen: tuple[int, int, int]) -> bool:
+        """Whether the entry leads to a good record, another one than `seen`, which is then of a former life."""
+        entry = queue.entry(queue_offset)
+        record = self._record_of(queue, queue_offset, entry)
+        return record is not None and record.physical_offset != seen[0]
+
+    def mend(self, queue: ConsumeQueue, queue_offset: int, entry: tuple[int, int, int]) -> None:
+        """Puts a wrong entry right."""
+        self.mended_entry_count += 1
+        logger.warning(
+            "consume queue entry mended: topic=%s queue_id=%d queue_offset=%d",
+            queue.topic,
+            queue.queue_id,
+            queue_offset,
+        )
+        self._write_entry(queue, queue_offset, queue.mend(queue_offset, entry))
+
     # ---- by time
 
-    def timestamp_at(self, queue: ConsumeQueue, queue_offset: int) -> int:
+    def store_timestamp(self, queue: ConsumeQueue, queue_offset: int) -> int:
         """Store timestamp in ms of the record at `queue_offset`; 0 when there is none."""
         if not queue.min_offset <= queue_offset < queue.max_offset:
             return 0
         entry = queue.entry(queue_offset)
-        if entry is None or entry[1] == 0:
+        if entry is None or is_hole(entry):
             return 0
         data = self._reader.pread(entry[0] + entry[1] - STORE_TIMESTAMP_FROM_END, 8)
         return int(U64.unpack(data)[0]) if len(data) == 8 else 0
@@ -261,13 +306,18 @@ class QueueReader:
             middle = (low + high) // 2
             at = middle
             stored = 0
-            while at < high and not (stored := self.timestamp_at(queue, at)):
+            while at < high and not (stored := self.store_timestamp(queue, at)):
                 at += 1  # lost records have no time: the next one stands for them
             if at == high or stored >= timestamp_ms:
                 high = middle
             else:
                 low = at + 1
         return low
+
+
+def is_hole(entry: tuple[int, int, int]) -> bool:
+    """A lost record's entry: no size, but a place. All zeros are no entry at all."""
+    return entry[1] == 0 and entry[0] != 0
 
 
 def _belongs(record: Record, queue: ConsumeQueue, queue_offset: int) -> bool:

@@ -14,6 +14,7 @@ from kitemq.protocol.record import FRAME_BYTES, KIND_ROLL
 from kitemq_server.store.commit_log import CommitLog, LogReader, Segment
 from kitemq_server.store.config import StoreConfig
 from kitemq_server.store.disk import write_all
+from kitemq_server.store.queue_repair import check_queues, rebuild_queues
 from kitemq_server.store.record import ROLL_BYTES, Record, record_bytes
 from kitemq_server.store.scan import CHUNK_BYTES, find_record, is_zero, read_records
 from kitemq_server.store.state import State
@@ -63,6 +64,9 @@ class Recovery:
         """
         self._proven = proven
         self._open_segments(start)
+        broken = check_queues(self._state.queues, self._log.start_offset if self._log.segments else start)
+        if broken:
+            rebuild_queues(self._reader, broken, start, self._flush_tails)
         end_offset = self._replay(start)
         self._cut(end_offset)
         self._rewrite(min(self._proven, end_offset), end_offset)

@@ -44,6 +44,26 @@ def read_records(reader: LogReader, start: int, end: int) -> Iterator[Record]:
             return
 
 
+def read_range(reader: LogReader, start: int, end: int) -> Iterator[Record]:
+    """Checked records from `start` up to `end`, over segments and damage, which are skipped."""
+    position = start
+    while position < end:
+        segment = reader.log.segment_at(position)
+        if segment is None:
+            following = [segment.base for segment in reader.log.segments if segment.base > position]
+            if not following:
+                return
+            position = following[0]
+            continue
+        segment_end = min(segment.end_offset, end)
+        for record in read_records(reader, position, segment_end):
+            yield record
+            position = record.end_offset
+        if position < segment_end:
+            found = find_record(reader, position + 1, segment_end)
+            position = found.physical_offset if found is not None else segment.end_offset
+
+
 def find_record(reader: LogReader, start: int, end: int) -> Record | None:
     """The first record that begins at or after `start` and ends by `end`, within one segment."""
     position = start

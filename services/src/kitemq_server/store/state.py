@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kitemq.protocol.record import KIND_MESSAGE, tags_code
-from kitemq_server.store.consume_queue import ENTRY, ConsumeQueue, QueueFiles, QueueTable
+from kitemq_server.store.consume_queue import ConsumeQueue, QueueFiles, QueueTable
 from kitemq_server.store.dedupe import Dedupe
 from kitemq_server.store.record import Record
 from kitemq_server.store.tables import Tables
@@ -56,12 +56,7 @@ class State:
         message = record.message()
         queue = self.queues.obtain(message.topic, record.queue_id)
         queue_offset = record.queue_offset
-        if queue_offset != queue.next_offset:
-            if queue_offset < queue.next_offset:
-                queue.cut(queue_offset)
-            else:
-                queue.append_holes(queue_offset, record.physical_offset)
-        queue.append(ENTRY.pack(record.physical_offset, len(record.data), tags_code(message.tag)), 1)
+        queue.place(queue_offset, (record.physical_offset, len(record.data), tags_code(message.tag)))
         if message.producer_instance:
             if message.sequence:
                 key = (message.producer_instance, message.topic, record.queue_id)

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from queue import SimpleQueue
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -28,6 +28,8 @@ class StoreThread:
         self._background: deque[Iterator[None]] = deque()
         self._wake: SimpleQueue[bool] = SimpleQueue()
         self._closing = False
+        self._waiting: set[asyncio.Future[Any]] = set()
+        self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="store", daemon=True)
 
     def start(self) -> None:
@@ -51,6 +53,7 @@ class StoreThread:
     async def call(self, job: Callable[[], T]) -> T:
         """Runs `job` and returns its result, or raises its exception. Not to be cancelled half-way: the job goes on."""
         done: asyncio.Future[T] = self._loop.create_future()
+        self._expect(done)
 
         def report() -> None:
             try:
@@ -64,8 +67,9 @@ class StoreThread:
         return await asyncio.shield(done)
 
     async def drain(self) -> None:
-        """Returns when all background jobs that were there are done."""
+        """Returns when all background jobs that were there are done. Raises what has ended the thread."""
         done: asyncio.Future[None] = self._loop.create_future()
+        self._expect(done)
 
         def last() -> Iterator[None]:
             self.post(_set_result, done, None)
@@ -73,6 +77,20 @@ class StoreThread:
 
         self.run_steps(last())
         await done
+
+    def _expect(self, done: asyncio.Future[Any]) -> None:
+        """Whoever waits for the thread hears of its end."""
+        if self._error is not None:
+            done.set_exception(self._error)
+            return
+        self._waiting.add(done)
+        done.add_done_callback(self._waiting.discard)
+
+    def _failed(self, error: Exception) -> None:
+        self._error = error
+        for done in list(self._waiting):
+            _set_exception(done, error)
+        self._on_failure(error)
 
     def post(self, callback: Callable[..., object], *arguments: object) -> None:
         """From the thread: calls back on the loop."""
@@ -98,7 +116,7 @@ class StoreThread:
                 else:
                     self._wake.get()
         except Exception as error:
-            self.post(self._on_failure, error)
+            self.post(self._failed, error)
 
     def _step(self) -> None:
         try:

@@ -1,0 +1,108 @@
+"""What has to be done now and then while a store is open: flush, offsets, snapshots, index, scrub, retention."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+from kitemq.errors import BrokerUnavailableError, StoreFullError
+from kitemq_server.store.appender import Appender
+from kitemq_server.store.commit_log import CommitLog
+from kitemq_server.store.config import StoreConfig
+from kitemq_server.store.confirm import Confirmation
+from kitemq_server.store.key_index import KeyIndex
+from kitemq_server.store.log_writer import FULL_RETRY_S, LogWriter
+from kitemq_server.store.offset_commits import OffsetCommits
+from kitemq_server.store.retention import Retention
+from kitemq_server.store.scrub import Scrub
+from kitemq_server.store.snapshotter import Snapshotter
+from kitemq_server.store.space import Space
+from kitemq_server.store.store_thread import StoreThread
+
+logger = logging.getLogger(__name__)
+
+_INDEX_INTERVAL_S = 1.0
+_RETENTION_INTERVAL_S = 10.0
+_BUSY_FACTOR = 4  # a log that grows this much faster than the scrub reads is left alone
+
+
+class Housekeeping:
+    """Loop only. config may be replaced at any time."""
+
+    def __init__(
+        self,
+        config: StoreConfig,
+        *,
+        log: CommitLog,
+        writer: LogWriter,
+        appender: Appender,
+        confirmation: Confirmation,
+        commits: OffsetCommits,
+        snapshotter: Snapshotter,
+        index: KeyIndex,
+        retention: Retention,
+        scrub: Scrub,
+        space: Space,
+        thread: StoreThread,
+    ) -> None:
+        self.config = config
+        self._log = log
+        self._writer = writer
+        self._appender = appender
+        self._confirmation = confirmation
+        self._commits = commits
+        self._snapshotter = snapshotter
+        self._index = index
+        self._retention = retention
+        self._scrub = scrub
+        self._space = space
+        self._thread = thread
+        self._space_at = 0.0
+        self._index_at = 0.0
+        self._scrubbed_end_offset = log.end_offset
+
+    async def run(self) -> None:
+        """Until it is cancelled."""
+        while True:
+            await asyncio.sleep(self.config.flush_interval_ms / 1000)
+            if not self._confirmation.failed:
+                try:
+                    self.tick(time.monotonic())
+                except (StoreFullError, BrokerUnavailableError) as error:
+                    logger.warning("offsets are not recorded yet: %s", error)
+
+    async def retain(self) -> None:
+        """Deletes old segments, until it is cancelled."""
+        while True:
+            await asyncio.sleep(_RETENTION_INTERVAL_S)
+            if not self._confirmation.failed:
+                try:
+                    await self._retention.run_once(self.config)
+                except (StoreFullError, BrokerUnavailableError) as error:
+                    logger.warning("segments are not deleted yet: %s", error)
+
+    def tick(self, now_s: float) -> None:
+        """One turn of everything but retention. Raises as an append."""
+        if self._writer.dirty:
+            self._writer.flush_soon()
+        if self._space.full and now_s >= self._space_at:
+            self._space_at = now_s + FULL_RETRY_S
+            self._writer.recover_space()
+        self._snapshotter.start_if_due(self._log.end_offset, self._appender.record_count)
+        if now_s >= self._index_at:
+            self._index_at = now_s + _INDEX_INTERVAL_S
+            self.index()
+        self._scrub_some(now_s)
+        self._commits.append_if_due(now_s)
+
+    def index(self) -> None:
+        """Gives the key index what has been confirmed."""
+        self._index.work(self._confirmation.confirm_offset, self._thread.run_steps)
+
+    def _scrub_some(self, now_s: float) -> None:
+        end_offset = self._log.end_offset
+        byte_count = int(self.config.scrub_bytes_per_s * self.config.flush_interval_ms / 1000)
+        if byte_count and end_offset - self._scrubbed_end_offset <= byte_count * _BUSY_FACTOR:
+            self._scrub.work(now_s, byte_count, self._confirmation.flushed_offset)
+        self._scrubbed_end_offset = end_offset

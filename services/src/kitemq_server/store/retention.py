@@ -1,0 +1,229 @@
+"""Deletes whole segments, oldest first: for their age, for the log's size, for the disk's watermark.
+
+Never the segment being written, never what is needed (live floor) or what a restart from the older snapshot reads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from kitemq.proto.v1 import message_pb2
+from kitemq_server.store.commit_log import CommitLog, LogReader, Segment
+from kitemq_server.store.config import StoreConfig
+from kitemq_server.store.consume_queue import ConsumeQueue
+from kitemq_server.store.key_index import KeyIndex
+from kitemq_server.store.record import ROLL_BYTES
+from kitemq_server.store.space import Space
+from kitemq_server.store.state import State
+from kitemq_server.store.store_thread import StoreThread
+
+logger = logging.getLogger(__name__)
+
+CLOCK_JUMP_MS = 10 * 60 * 1000
+_HOUR_MS = 3_600_000
+_QUEUES_PER_TURN = 100
+
+
+class ClockGuard:
+    """Notices jumps of the wall clock against the monotonic one, and waits for a while after each."""
+
+    def __init__(self, *, wall_ms: int, monotonic_ms: int, last_store_timestamp_ms: int) -> None:
+        self._wall_ms = wall_ms
+        self._monotonic_ms = monotonic_ms
+        # A start that seems to come long after the last record may be a machine whose clock is wrong.
+        jumped = last_store_timestamp_ms > 0 and abs(wall_ms - last_store_timestamp_ms) > CLOCK_JUMP_MS
+        self._wait_until_ms = monotonic_ms + CLOCK_JUMP_MS if jumped else 0
+
+    def trusts(self, *, wall_ms: int, monotonic_ms: int) -> bool:
+        """Whether the wall clock may be believed now."""
+        drift_ms = (wall_ms - self._wall_ms) - (monotonic_ms - self._monotonic_ms)
+        self._wall_ms = wall_ms
+        self._monotonic_ms = monotonic_ms
+        if abs(drift_ms) > CLOCK_JUMP_MS:
+            self._wait_until_ms = monotonic_ms + CLOCK_JUMP_MS
+            logger.warning("wall clock jumped, nothing is deleted for its age for a while: jump_ms=%d", drift_ms)
+        return monotonic_ms >= self._wait_until_ms
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A sealed segment that may go. end_offset: physical; byte_count: what its deletion frees."""
+
+    end_offset: int
+    byte_count: int
+    last_timestamp_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What the limits are judged by. oldest_ms: records stored before go for their age; 0 = none."""
+
+    log_bytes: int
+    disk_used_bytes: int
+    disk_total_bytes: int
+    oldest_ms: int
+
+
+def choose(candidates: Sequence[Candidate], usage: Usage, config: StoreConfig) -> tuple[int, str]:
+    """How many of the candidates, oldest first, have to go, and why the last of them."""
+    log_bytes = usage.log_bytes
+    used_bytes = usage.disk_used_bytes
+    reason = ""
+    for count, candidate in enumerate(candidates):
+        if candidate.last_timestamp_ms < usage.oldest_ms:
+            reason = "age"
+        elif config.retention_bytes and log_bytes > config.retention_bytes:
+            reason = "size of the log"
+        elif (
+            config.disk_watermark_percent and used_bytes * 100 > usage.disk_total_bytes * config.disk_watermark_percent
+        ):
+            reason = "disk watermark"
+        else:
+            return count, reason
+        log_bytes -= candidate.byte_count
+        used_bytes -= candidate.byte_count
+    return len(candidates), reason
+
+
+class Retention:
+    """Runs on the loop; files are removed by the store's thread."""
+
+    def __init__(
+        self,
+        *,
+        log: CommitLog,
+        reader: LogReader,
+        thread_reader: LogReader,
+        state: State,
+        space: Space,
+        index: KeyIndex,
+        thread: StoreThread,
+        clock_ms: Callable[[], int],
+        snapshot_floor: Callable[[], int],
+        append_change: Callable[[message_pb2.SystemRecord], int],
+        flush: Callable[[], Awaitable[None]],
+    ) -> None:
+        self._log = log
+        self._reader = reader
+        self._thread_reader = thread_reader
+        self._state = state
+        self._space = space
+        self._index = index
+        self._thread = thread
+        self._clock_ms = clock_ms
+        self._snapshot_floor = snapshot_floor
+        self._append_change = append_change
+        self._flush = flush
+        self._guard = ClockGuard(
+            wall_ms=clock_ms(),
+            monotonic_ms=time.monotonic_ns() // 1_000_000,
+            last_store_timestamp_ms=state.last_store_timestamp_ms,
+        )
+        self._last_timestamps: dict[int, int] = {}
+        self.deleted_unconsumed: dict[str, int] = {}
+        self.deleted_segment_count = 0
+
+    async def run_once(self, config: StoreConfig) -> None:
+        """Deletes what has to go now."""
+        candidates = self._candidates()
+        wall_ms = self._clock_ms()
+        trusted = self._guard.trusts(wall_ms=wall_ms, monotonic_ms=time.monotonic_ns() // 1_000_000)
+        by_age = trusted and config.retention_hours > 0
+        total_bytes = self._space.total_bytes
+        usage = Usage(
+            log_bytes=self._log.bytes_kept,
+            disk_used_bytes=total_bytes - self._space.free_bytes,
+            disk_total_bytes=total_bytes,
+            oldest_ms=wall_ms - int(config.retention_hours * _HOUR_MS) if by_age else 0,
+        )
+        count, reason = choose(candidates, usage, config)
+        if count:
+            await self._delete_below(candidates[count - 1].end_offset, reason)
+
+    def _candidates(self) -> list[Candidate]:
+        floor = self._snapshot_floor()
+        return [
+            Candidate(segment.end_offset, segment.end_offset - segment.base, self._last_timestamp(segment))
+            for segment in self._log.segments[:-1]
+            if segment.end_offset <= floor
+        ]
+
+    def _last_timestamp(self, segment: Segment) -> int:
+        """Store timestamp of a sealed segment's last record; that of the next segment's first, if it is damaged."""
+        known = self._last_timestamps.get(segment.base)
+        if known is None:
+            record = self._reader.record_at(segment.end_offset - ROLL_BYTES) or self._reader.record_at(
+                segment.end_offset
+            )
+            # What cannot be dated stays until something younger behind it has to go.
+            known = record.store_timestamp_ms if record is not None else 1 << 63
+            self._last_timestamps[segment.base] = known
+        return known
+
+    async def _delete_below(self, physical_offset: int, reason: str) -> None:
+        if physical_offset > self._state.tables.live_floor:
+            floor = message_pb2.LiveFloorRaised(physical_offset=physical_offset)
+            self._append_change(message_pb2.SystemRecord(live_floor_raised=floor))
+            await self._flush()
+        moved = await self._move_min_offsets(physical_offset)
+        await self._count_unconsumed(moved)
+        segments = self._log.segments
+        dropped = [segment for segment in segments if segment.end_offset <= physical_offset]
+        self._log.segments = segments[len(dropped) :]
+        for segment in dropped:
+            self._reader.forget(segment.base)
+            self._last_timestamps.pop(segment.base, None)
+        self.deleted_segment_count += len(dropped)
+        logger.info(
+            "segments deleted: count=%d below=%d because=%s", len(dropped), physical_offset, reason.replace(" ", "_")
+        )
+        self._thread.run_steps(self._remove([segment.base for segment in dropped], physical_offset, list(moved)))
+
+    async def _move_min_offsets(self, physical_offset: int) -> dict[ConsumeQueue, int]:
+        """Queues whose first messages are going, with the min offsets that they had."""
+        moved: dict[ConsumeQueue, int] = {}
+        for number, queue in enumerate(list(self._state.queues), 1):
+            if number % _QUEUES_PER_TURN == 0:
+                await asyncio.sleep(0)
+            if queue.deleted:
+                continue
+            min_offset = min(queue.first_at_or_after(physical_offset), queue.max_offset)
+            if min_offset > queue.min_offset:
+                moved[queue] = queue.min_offset
+                queue.min_offset = min_offset
+        return moved
+
+    async def _count_unconsumed(self, moved: dict[ConsumeQueue, int]) -> None:
+        """What groups with an offset in these queues will never see is counted, and said."""
+        offsets = self._state.tables.offsets
+        bounds = {(queue.topic, queue.queue_id): (first, queue.min_offset) for queue, first in moved.items()}
+        for group in list(offsets.groups()):
+            lost = 0
+            for key, consumer_offset in offsets.of_group(group).items():
+                if key in bounds:
+                    first, min_offset = bounds[key]
+                    lost += max(0, min_offset - max(first, consumer_offset))
+            if lost:
+                self.deleted_unconsumed[group] = self.deleted_unconsumed.get(group, 0) + lost
+                logger.warning("messages deleted before they were consumed: group=%s count=%d", group, lost)
+            await asyncio.sleep(0)
+
+    def _remove(self, bases: list[int], physical_offset: int, moved: list[ConsumeQueue]) -> Iterator[None]:
+        """Thread."""
+        log = self._log
+        for base in bases:
+            self._thread_reader.forget(base)
+            log.disk.remove(log.layout.segment(base))
+            yield
+        log.disk.fsync_dir(log.layout.commit_log)
+        yield
+        self._index.drop_below(physical_offset)
+        files = self._state.queues.files
+        for queue in moved:
+            yield
+            if not queue.deleted and files.remove_below(queue.topic, queue.queue_id, queue.min_offset):
+                self._thread.post(files.forget, queue.topic)

@@ -8,7 +8,7 @@ SERVICES := $(shell cd proto && grep -l '^service' $(PROTOS))
 PROTOC = $(BIN)/python -m grpc_tools.protoc -I proto --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy \
 	--plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc
 
-.PHONY: help env demo test check format stubs clean
+.PHONY: bench bench-growth help env demo test check format stubs clean
 
 help: ## What can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -38,6 +38,12 @@ check: $(READY) ## Format, lint, types, layers, stubs
 
 test: check ## Every check and test
 	$(BIN)/pytest -q
+
+bench: $(READY) ## Speed and memory against bare gRPC, some 7 minutes; JSON=FILE: the rows too
+	$(BIN)/kitemq bench suite --data build/bench $(if $(JSON),--json $(JSON))
+
+bench-growth: $(READY) ## The same with big logs, many queues, many clients: some 15 minutes, 32 GB of disk
+	$(BIN)/kitemq bench growth --data build/bench $(if $(JSON),--json $(JSON))
 
 format: $(READY) ## Format the code
 	$(BIN)/ruff format -q . && $(BIN)/ruff check -q --fix .

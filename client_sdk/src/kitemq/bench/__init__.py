@@ -3,7 +3,8 @@
     histogram.py   latencies, counted as they happen
     producing.py   load on the sending side: closed loops and fixed rates
     consuming.py   load on the receiving side: drains, and the time from born to handler
-    report.py      what a user sees of a load on a cluster of theirs: a line a second, then the whole
+    holding.py     many clients with a connection each, all of which wait
+    live.py        load on a cluster of the user's, and its report: a line a second, then the whole
 
 `kitemq bench suite` and `growth` start servers and load generators of their own, all of them processes:
 

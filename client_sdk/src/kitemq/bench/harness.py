@@ -18,10 +18,23 @@ from kitemq.bench import procfs
 from kitemq.bench.baselines import fdatasync
 from kitemq.bench.cluster import Cluster, running_cluster
 from kitemq.bench.histogram import Histogram
-from kitemq.bench.process import BenchError, Process, Worker, worker
+from kitemq.bench.process import BenchError, Worker, worker
 from kitemq.bench.rows import Bar, Cost, Row
 
 U_IN_FLIGHT = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """How big things get in the growth cases."""
+
+    backlog_messages: int = 10_000_000
+    topics: int = 10
+    queues_per_topic: int = 1_000
+    consumers: int = 1_000
+    # Longer than a heartbeat's interval, so that each client's is in it.
+    idle_s: float = 32.0
+    restart_log_bytes: int = 10 * 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +49,7 @@ class Settings:
     queue_count: int = 8
     drain_messages: int = 1_000_000
     rate: float = 5_000.0
+    growth: Growth = Growth()
 
 
 @dataclass(slots=True)
@@ -88,11 +102,12 @@ class Measured:
 class Harness:
     """What a case needs: its own cluster, workers, and rounds. Make it with `open_harness`."""
 
-    def __init__(self, settings: Settings, folder: Path, echo: Worker, say: Callable[[str], None]) -> None:
+    def __init__(self, settings: Settings, folder: Path, stack: ExitStack, say: Callable[[str], None]) -> None:
         self.settings = settings
         self.folder = folder
         self.say = say
-        self._echo = echo
+        self._stack = stack
+        self._echo_client: Worker | None = None
         self._cluster_count = 0
 
     @contextmanager
@@ -127,12 +142,15 @@ class Harness:
         self._measure_baselines(baselines, measured)
         return measured
 
-    def load(self, load: Worker, broker: Process, order: dict[str, Any] | None = None) -> Sample:
-        """One round of a worker's load, with what it and the broker spent."""
-        with self.spent(broker=broker.pid, client=load.pid) as sample:
-            reply = load.run(order or {"seconds": self.settings.seconds})
-            fill(sample, reply)
-        return sample
+    def loader(self, load: Worker, cluster: Cluster, order: dict[str, Any] | None = None) -> Callable[[], Sample]:
+        """One round of a worker's load, with what it and the broker spent; for `rounds`."""
+
+        def run() -> Sample:
+            with self.spent(broker=cluster.broker.pid, client=load.pid) as sample:
+                fill(sample, load.run(order or {"seconds": self.settings.seconds}))
+            return sample
+
+        return run
 
     @contextmanager
     def spent(self, **pids: int) -> Iterator[Sample]:
@@ -158,12 +176,22 @@ class Harness:
             case "U p50":
                 return {"U p50": self._unary(1)["p50_ms"]}
             case "S":
-                return {"S": self._echo.run({"measure": "stream", "seconds": seconds})["bytes_per_s"]}
+                return {"S": self._echo.run({"measure": "stream", "seconds": seconds})["bytes_per_s"] / 1e6}
             case "F":
                 os.sync()
                 synced = fdatasync(self.folder, seconds=min(seconds, 1.0))
                 return {"F": synced.per_s, "F p50": synced.p50_ms}
         raise AssertionError(name)
+
+    @property
+    def _echo(self) -> Worker:
+        """The echo server's client, warm; both are started when they are first wanted."""
+        if self._echo_client is None:
+            server = self._stack.enter_context(self.worker("echo-server"))
+            client = self._stack.enter_context(self.worker("echo-client", port=server.info["port"]))
+            client.run({"measure": "unary", "in_flight": U_IN_FLIGHT, "seconds": self.settings.warm_up_s})
+            self._echo_client = client
+        return self._echo_client
 
     def _unary(self, in_flight: int) -> dict[str, Any]:
         return self._echo.run({"measure": "unary", "in_flight": in_flight, "seconds": self.settings.baseline_s})
@@ -195,10 +223,7 @@ def open_harness(
         )
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kitemq-bench-", dir=data)))
-        server = stack.enter_context(worker("echo-server", {}, log_dir=folder))
-        echo = stack.enter_context(worker("echo-client", {"port": server.info["port"]}, log_dir=folder))
-        echo.run({"measure": "unary", "in_flight": U_IN_FLIGHT, "seconds": settings.warm_up_s})
-        yield Harness(settings, folder, echo, say)
+        yield Harness(settings, folder, stack, say)
 
 
 Case = Callable[[Harness], list[Row]]
@@ -214,10 +239,10 @@ def run_cases(cases: Mapping[str, Case], harness: Harness, *, only: Sequence[str
     rows: list[Row] = []
     for name, case in cases.items():
         if not only or name in only:
-            harness.say(f"measuring {name}: {(case.__doc__ or '').splitlines()[0]}")
+            harness.say(f"Measuring {name}: {case.__doc__}")
             try:
                 rows += case(harness)
             except BenchError as error:
-                harness.say(f"{name} could not be measured: {error}")
+                harness.say(f"Error: {name} could not be measured: {error}")
                 rows.append(Row(f"{name}: not measured", "", (), Bar("measured", math.nan, at_least=True)))
     return rows

@@ -65,6 +65,9 @@ class Load:
     last_error: str = ""
 
     def failed(self, error: KiteMQError) -> None:
+        """Raises what can never succeed; the rest is counted."""
+        if not error.retriable:
+            raise error
         self.publish_errors += 1
         self.last_error = str(error)
 

@@ -5,6 +5,7 @@ a message takes when somebody else sets the pace.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import struct
 import time
@@ -17,7 +18,7 @@ from kitemq import sync
 from kitemq.bench.histogram import Histogram
 from kitemq.compression import Compression
 from kitemq.errors import KiteMQError
-from kitemq.message import Message
+from kitemq.message import Message, MessageQueue
 from kitemq.producer import Producer
 
 GROUP = "bench-producer"
@@ -34,6 +35,16 @@ OnError = Callable[[KiteMQError], None]
 def random_body(size: int) -> bytes:
     """Bytes that no compression makes smaller."""
     return os.urandom(size)
+
+
+@asynccontextmanager
+async def _callers() -> AsyncIterator[asyncio.TaskGroup]:
+    """A task group that raises the first error itself: hundreds of callers fail of one cause."""
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            yield tasks
+    except ExceptionGroup as group:
+        raise group.exceptions[0] from None
 
 
 async def closed_loop(
@@ -65,7 +76,7 @@ async def closed_loop(
             histogram.record(after - before)
             before = after
 
-    async with asyncio.TaskGroup() as callers:
+    async with _callers() as callers:
         for _ in range(in_flight):
             callers.create_task(caller())
 
@@ -101,7 +112,7 @@ async def paced(
         finally:
             free.release()
 
-    async with asyncio.TaskGroup() as sends:
+    async with _callers() as sends:
         while (due_ns := started + int(count * 1e9 / rate)) < deadline_ns:
             wait_ns = due_ns - clock()
             if wait_ns > 0 or count % _CATCH_UP == 0:
@@ -122,7 +133,7 @@ async def open_producer(namesrv: str) -> AsyncIterator[Producer]:
 
 
 class SendLoad:
-    """A worker's closed loop. Order: {"seconds": s}, or {"messages": n} for as long as that many take."""
+    """A worker's closed loop. Order: {"seconds": s}, or {"messages": n} for as long as that many (whole sends) take."""
 
     def __init__(self, send: Callable[[], Awaitable[object]], *, in_flight: int, messages_per_send: int) -> None:
         self.info: dict[str, Any] = {}
@@ -134,8 +145,9 @@ class SendLoad:
         histogram = Histogram()
         started = time.perf_counter_ns()
         if "messages" in order:
-            await self._send_count(order["messages"] // self._messages_per_send)
-            messages = order["messages"] // self._messages_per_send * self._messages_per_send
+            sends = -(-order["messages"] // self._messages_per_send)
+            await self._send_count(sends)
+            messages = sends * self._messages_per_send
         else:
             deadline_ns = started + int(order["seconds"] * 1e9)
             await closed_loop(self._send, histogram, in_flight=self._in_flight, deadline_ns=deadline_ns)
@@ -150,7 +162,7 @@ class SendLoad:
             for _ in turns:  # shared: each turn is taken once
                 await self._send()
 
-        async with asyncio.TaskGroup() as callers:
+        async with _callers() as callers:
             for _ in range(self._in_flight):
                 callers.create_task(caller())
 
@@ -180,11 +192,9 @@ async def send_batch_job(
 class PacedLoad:
     """A worker's fixed rate. Order: {"seconds": s}."""
 
-    def __init__(self, producer: Producer, topic: str, *, body_bytes: int, rate: float) -> None:
+    def __init__(self, send: Callable[[int], Awaitable[object]], *, rate: float) -> None:
         self.info: dict[str, Any] = {}
-        self._producer = producer
-        self._topic = topic
-        self._rest = random_body(body_bytes - BORN.size)
+        self._send = send
         self._rate = rate
 
     async def run(self, order: dict[str, Any]) -> dict[str, Any]:
@@ -192,7 +202,7 @@ class PacedLoad:
         lateness = Histogram()
         started = time.perf_counter_ns()
         messages = await paced(
-            lambda due_ns: self._producer.send(Message(self._topic, BORN.pack(due_ns) + self._rest)),
+            self._send,
             histogram,
             rate=self._rate,
             deadline_ns=started + int(order["seconds"] * 1e9),
@@ -209,8 +219,22 @@ class PacedLoad:
 @asynccontextmanager
 async def send_paced_job(*, namesrv: str, topic: str, body_bytes: int, rate: float) -> AsyncIterator[PacedLoad]:
     """`send()` at a fixed rate; each body begins with the time it was due."""
+    rest = random_body(body_bytes - BORN.size)
     async with open_producer(namesrv) as producer:
-        yield PacedLoad(producer, topic, body_bytes=body_bytes, rate=rate)
+        yield PacedLoad(lambda due_ns: producer.send(Message(topic, BORN.pack(due_ns) + rest)), rate=rate)
+
+
+@asynccontextmanager
+async def send_to_queues_job(
+    *, namesrv: str, topic: str, body_bytes: int, rate: float, broker_name: str, queue_ids: list[int]
+) -> AsyncIterator[PacedLoad]:
+    """As `send_paced_job`, to these queues in turn."""
+    rest = random_body(body_bytes - BORN.size)
+    turns = itertools.cycle(MessageQueue(topic, broker_name, queue_id) for queue_id in queue_ids)
+    async with open_producer(namesrv) as producer:
+        yield PacedLoad(
+            lambda due_ns: producer.send(Message(topic, BORN.pack(due_ns) + rest), queue=next(turns)), rate=rate
+        )
 
 
 class SyncLoad:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from statistics import median
 from typing import Any
@@ -12,7 +11,6 @@ from kitemq.bench import procfs
 from kitemq.bench.cluster import running_standalone
 from kitemq.bench.harness import Case, Harness, Measured, Sample, fill
 from kitemq.bench.histogram import Histogram
-from kitemq.bench.process import Worker
 from kitemq.bench.rows import Bar, Row
 
 TOPIC = "bench"
@@ -36,7 +34,7 @@ def against(measured: Measured, name: str, factor: float, *, at_least: bool) -> 
 def send(harness: Harness) -> list[Row]:
     """`send()` awaited, 64 in flight."""
     with harness.cluster() as cluster, harness.sender(cluster, TOPIC, in_flight=64) as load:
-        measured = harness.rounds(("U", "U p50"), {"send": lambda: harness.load(load, cluster.broker)})
+        measured = harness.rounds(("U", "U p50"), {"send": harness.loader(load, cluster)})
     name = "send() awaited, 64 in flight, ASYNC_FLUSH"
     return [
         Row(
@@ -62,8 +60,8 @@ def send_sync_flush(harness: Harness) -> list[Row]:
         for mode in ("SYNC_FLUSH", "ASYNC_FLUSH"):
             cluster = stack.enter_context(harness.cluster(flush_mode=mode))
             load = stack.enter_context(harness.sender(cluster, TOPIC, in_flight=SYNC_FLUSH_IN_FLIGHT))
-            loads[mode] = (load, cluster.broker)
-        measured = harness.rounds(("F",), {mode: _loader(harness, *pair) for mode, pair in loads.items()})
+            loads[mode] = harness.loader(load, cluster)
+        measured = harness.rounds(("F",), loads)
     asynchronous = median(measured.per_s("ASYNC_FLUSH"))
     fsyncs = measured.baseline("F")
     by_flush_mode = Bar("≥ 0.7 x ASYNC_FLUSH", 0.7 * asynchronous, at_least=True)
@@ -89,7 +87,7 @@ def send_batch(harness: Harness) -> list[Row]:
         harness.cluster() as cluster,
         harness.sender(cluster, TOPIC, "send-batch", in_flight=4, batch=BATCH_MESSAGES) as load,
     ):
-        measured = harness.rounds(("S",), {"batch": lambda: harness.load(load, cluster.broker)})
+        measured = harness.rounds(("S",), {"batch": harness.loader(load, cluster)})
     per_s = measured.per_s("batch")
     return [
         Row(
@@ -110,7 +108,7 @@ def send_one(harness: Harness) -> list[Row]:
         for mode in ("ASYNC_FLUSH", "SYNC_FLUSH"):
             cluster = stack.enter_context(harness.cluster(flush_mode=mode))
             load = stack.enter_context(harness.sender(cluster, TOPIC, in_flight=1))
-            variants[mode] = _loader(harness, load, cluster.broker)
+            variants[mode] = harness.loader(load, cluster)
         measured = harness.rounds(("U p50", "F"), variants)
     unary = measured.baseline("U p50")
     synced = Bar("≤ 0.8 x U p50 + 2 x F p50", 0.8 * unary + 2 * measured.baseline("F p50"), at_least=False)
@@ -150,7 +148,7 @@ def drain(harness: Harness) -> list[Row]:
         ):
             load = stack.enter_context(harness.worker(job, namesrv=cluster.namesrv, topic=TOPIC, **options))
             order = {"messages": count, "timeout_s": DRAIN_TIMEOUT_S}
-            variants[name] = _loader(harness, load, cluster.broker, order)
+            variants[name] = harness.loader(load, cluster, order)
         measured = harness.rounds(("U",), variants)
     bodies = median(measured.per_s("pull, every body read"))
     return [
@@ -223,7 +221,7 @@ def sync_producer(harness: Harness) -> list[Row]:
             ("16 threads", "send-sync", {"threads": 16}),
         ):
             load = stack.enter_context(harness.sender(cluster, TOPIC, job, **options))
-            variants[name] = _loader(harness, load, cluster.broker)
+            variants[name] = harness.loader(load, cluster)
         measured = harness.rounds(("U",), variants)
     asynchronous = measured.percentile_ms("async", 50)
     return [
@@ -263,10 +261,6 @@ def standalone(harness: Harness) -> list[Row]:
         Row("kitemq-server standalone: idle memory", "MB", memory, Bar("< 100 MB", 100.0, at_least=False)),
         Row("kitemq-server standalone: idle CPU", "% of a core", cpu, Bar("~ 0 %", 1.0, at_least=False)),
     ]
-
-
-def _loader(harness: Harness, load: Worker, broker: Any, order: dict[str, Any] | None = None) -> Callable[[], Sample]:
-    return lambda: harness.load(load, broker, order)
 
 
 CASES: dict[str, Case] = {

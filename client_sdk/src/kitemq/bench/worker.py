@@ -32,9 +32,11 @@ JOBS = {
     "send-batch": ("kitemq.bench.producing", "send_batch_job"),
     "send-sync": ("kitemq.bench.producing", "send_sync_job"),
     "send-paced": ("kitemq.bench.producing", "send_paced_job"),
+    "send-to-queues": ("kitemq.bench.producing", "send_to_queues_job"),
     "pull": ("kitemq.bench.consuming", "pull_job"),
     "push": ("kitemq.bench.consuming", "push_job"),
     "push-latency": ("kitemq.bench.consuming", "push_latency_job"),
+    "holding": ("kitemq.bench.holding", "holding_job"),
 }
 
 

@@ -19,7 +19,7 @@ from kitemq.proto.v1 import broker_pb2, message_pb2, namesrv_pb2
 from kitemq.rpc import CHANNEL_OPTIONS
 
 # What to do with a request: an error refuses its batches, "silent" stores but never answers, "cut" stores and breaks
-# the stream, "deaf" neither stores nor answers, None behaves.
+# the stream, "deaf" neither stores nor answers from then on, None behaves.
 Fault = KiteMQError | str | None
 Script = Callable[[broker_pb2.SendRequest], Fault]
 
@@ -58,6 +58,7 @@ class ScriptedBroker:
 
     async def _send(self, _: Any, context: Any) -> None:
         refused: set[tuple[str, int]] = set()
+        deaf = False
         while True:
             raw = await context.read()
             if raw is grpc.aio.EOF:
@@ -65,7 +66,8 @@ class ScriptedBroker:
             request = broker_pb2.SendRequest.FromString(raw)
             self.requests.append(request)
             fault = self.script(request)
-            if fault == "deaf":
+            deaf = deaf or fault == "deaf"
+            if deaf:
                 continue
             results = [self._store(batch, refused, fault) for batch in request.batches]
             if fault == "cut":

@@ -12,15 +12,15 @@ from collections.abc import Collection, Iterable
 from typing import Protocol
 
 from kitemq.consumer.filter import ALL
-from kitemq.consumer.group import Members, Membership, shares
+from kitemq.consumer.group import Membership
 from kitemq.consumer.held_queue import Chunk, HeldQueue
 from kitemq.consumer.offsets import BrokerOffsets, Brokers, LocalOffsets, OffsetStore, Saved, offset_at
 from kitemq.consumer.options import ConsumerOptions, Position, Start, timestamp_ms
 from kitemq.consumer.pull_stream import Fetcher, Prefetch
+from kitemq.consumer.sharing import Sharing
 from kitemq.consumer.tasks import BackgroundTasks
-from kitemq.errors import KiteMQError, TopicNotFoundError
+from kitemq.errors import KiteMQError
 from kitemq.message import MessageQueue
-from kitemq.proto.v1 import broker_pb2
 from kitemq.route import Route, RouteCache
 from kitemq.rpc import Channels
 
@@ -32,11 +32,6 @@ RETRY_S = 1.0
 # How long the member that gives a queue up has to commit it, before the one that takes it over asks for the offset.
 HAND_OVER_WAIT_S = 0.3
 NAMES_LOGGED_MAX = 16
-
-_FROM_WHERE: dict[Start, broker_pb2.ConsumeFromWhere.ValueType] = {
-    Position.FIRST: broker_pb2.CONSUME_FROM_FIRST_OFFSET,
-    Position.LAST: broker_pb2.CONSUME_FROM_LAST_OFFSET,
-}
 
 
 class Owner(Protocol):
@@ -89,27 +84,25 @@ class ConsumerCore:
             channels=channels,
             tasks=tasks,
         )
+        self.sharing = Sharing(options, client_id, routes)
         self.membership = Membership(
             client_id,
             options.group,
             brokers=self.brokers,
             tasks=tasks,
-            info=self._info,
+            info=self.sharing.info,
             changed=self.rebalance_soon,
             refused=owner.refused,
             offsets_reset=self._offsets_reset,
         )
         self.held: dict[MessageQueue, HeldQueue] = {}
-        self.subscriptions: dict[str, str] = {}
         # Queues that were assigned by hand; None = the group shares them out.
         self.assigned: frozenset[MessageQueue] | None = None
         self._assigned_filter = ALL
-        self._first_seen: dict[str, frozenset[MessageQueue]] = {}
         self._releasing: dict[MessageQueue, asyncio.Task[None]] = {}
         self._rebalance_wanted = asyncio.Event()
         self._retry: asyncio.TimerHandle | None = None
         self._loops: list[asyncio.Task[None]] = []
-        self._warned_of: frozenset[str] = frozenset()
         # Queues have been taken or given up. Whoever waits for it clears it first.
         self.changed = asyncio.Event()
 
@@ -142,25 +135,17 @@ class ConsumerCore:
 
     async def subscribe(self, topic: str, filter: str) -> None:  # noqa: A002
         """Read the topic from now on. A topic that does not exist yet is read from its first message."""
-        try:
-            await self.routes.get(topic)
-        except TopicNotFoundError:
-            self._first_seen.setdefault(topic, frozenset())
-            logger.info("consumer: waiting for the topic group=%s topic=%s", self._options.group, topic)
-        except KiteMQError as error:
-            logger.warning("consumer: no route yet group=%s topic=%s error=%s", self._options.group, topic, error)
-        self.subscriptions[topic] = filter
+        await self.sharing.subscribe(topic, filter)
         await self.membership.heartbeat()
         self.rebalance_soon()
 
     async def unsubscribe(self, topic: str) -> None:
         """Give the topic's queues up. Returns once they are."""
-        self.subscriptions.pop(topic, None)
-        self._first_seen.pop(topic, None)
+        self.sharing.unsubscribe(topic)
+        self.rebalance_soon()
         await self.membership.heartbeat()
         self._release([held for held in self.held.values() if held.queue.topic == topic])
         await asyncio.gather(*(task for queue, task in self._releasing.items() if queue.topic == topic))
-        self.rebalance_soon()
 
     def assign(self, queues: Collection[MessageQueue], filter: str) -> None:  # noqa: A002
         """Hold exactly these queues, whatever the group does."""
@@ -195,8 +180,7 @@ class ConsumerCore:
     def lost(self, held: HeldQueue) -> None:
         """See PullSink."""
         self._forget(held)
-        if held.queue.topic in self.subscriptions:  # a new topic of this name is read from its first message
-            self._first_seen[held.queue.topic] = frozenset()
+        self.sharing.is_new(held.queue.topic)
         self._tasks.start(self._refresh_route(held.queue.topic), name="consumer route")
         self._retry_soon()
 
@@ -221,18 +205,6 @@ class ConsumerCore:
 
     # ---- whose queues ----
 
-    def _info(self) -> broker_pb2.ConsumerInfo:
-        return broker_pb2.ConsumerInfo(
-            group=self._options.group,
-            message_model=self._options.message_model.value,
-            consume_type=self._options.consume_type,
-            consume_from_where=_FROM_WHERE.get(self._options.from_where, broker_pb2.CONSUME_FROM_TIMESTAMP),
-            subscriptions=[
-                broker_pb2.Subscription(topic=topic, filter=filter)
-                for topic, filter in sorted(self.subscriptions.items())  # noqa: A001
-            ],
-        )
-
     async def _rebalance_forever(self) -> None:
         while True:
             due_s = self.membership.next_change_in_s()
@@ -249,84 +221,18 @@ class ConsumerCore:
             self._release([held for queue, held in self.held.items() if queue not in self.assigned])
             await self._acquire(self.assigned)
             return
-        routes = await self._read_routes()
-        self.membership.follow(
-            {b.address for route in routes.values() for group in route.brokers.values() for b in group}
-        )
-        members: Members = {}
-        if self._options.clustering:
-            members = await self.membership.members()
-            if self._client_id not in members:  # not joined yet, or taken for dead
-                await self.membership.heartbeat()
-                members = await self.membership.members()
-                if self._client_id not in members:
-                    return
-            self._warn_of_other_subscriptions(members)
-        mine = self._share(routes, members)
-        if mine is None:
+        share = await self.sharing.decide(self.membership, self.held)
+        if share is None:
             return
-        self._release(
-            [held for queue, held in self.held.items() if queue not in mine and self._is_given_up(queue, routes)]
-        )
-        new = mine - self.held.keys()
-        if new and len(members) > 1:
+        if not share.complete:
+            self._retry_soon()
+        self._release([self.held[queue] for queue in share.give_up if queue in self.held])
+        new = share.take - self.held.keys()
+        if new and not share.alone:
             await asyncio.sleep(HAND_OVER_WAIT_S)
             if self._rebalance_wanted.is_set():  # somebody else has come or gone meanwhile
                 return
         await self._acquire(new)
-
-    async def _read_routes(self) -> dict[str, Route]:
-        routes: dict[str, Route] = {}
-        for topic in list(self.subscriptions):
-            try:
-                routes[topic] = await self.routes.get(topic)
-            except TopicNotFoundError:
-                self._first_seen.setdefault(topic, frozenset())
-            except KiteMQError as error:
-                logger.info("consumer: no route topic=%s error=%s", topic, error)
-                self._retry_soon()
-            else:
-                self._first_seen.setdefault(topic, frozenset(routes[topic].readable))
-        return routes
-
-    def _share(self, routes: dict[str, Route], members: Members) -> set[MessageQueue] | None:
-        mine: set[MessageQueue] = set()
-        for topic, route in routes.items():
-            if not self._options.clustering:
-                mine.update(route.readable)
-                continue
-            ids = sorted(client_id for client_id, info in members.items() if shares(info, topic))
-            try:
-                mine.update(self._options.allocation(self._client_id, route.readable, ids))
-            except Exception:
-                logger.exception("consumer: the allocation strategy failed topic=%s: queues stay as they are", topic)
-                return None
-        return mine
-
-    def _is_given_up(self, queue: MessageQueue, routes: dict[str, Route]) -> bool:
-        """False for a queue whose broker has vanished: it is kept, and read on when the broker is back."""
-        route = routes.get(queue.topic)
-        return queue.topic not in self.subscriptions or (route is not None and queue.broker_name in route.brokers)
-
-    def _warn_of_other_subscriptions(self, members: Members) -> None:
-        own = self._info().subscriptions
-        different = frozenset(
-            client_id
-            for client_id, info in members.items()
-            if info.subscriptions and list(info.subscriptions) != list(own) and client_id != self._client_id
-        )
-        if different - self._warned_of:
-            logger.warning(
-                "consumer: members of one group subscribe differently, so who gets a message depends on chance "
-                "group=%s here=%s others=%s",
-                self._options.group,
-                {item.topic: item.filter for item in own},
-                {
-                    client_id: {item.topic: item.filter for item in members[client_id].subscriptions}
-                    for client_id in sorted(different)
-                },
-            )
-        self._warned_of = different
 
     # ---- taking over ----
 
@@ -336,26 +242,30 @@ class ConsumerCore:
         found = await self.store.load(free) if free else {}
         offsets = {queue: offset for queue, offset in found.items() if offset is not None}
         starts = await self._starts([queue for queue, offset in found.items() if offset is None])
-        if starts and self._options.auto_commit:
+        decided = self.assigned is None or self._options.auto_commit
+        if starts and decided:
             # Where a group begins is decided once: whoever takes the queue over next must not begin later.
             starts = (await self._save(starts, durable=True)).offsets
         for queue, offset in (offsets | starts).items():
-            committed = offset if queue in offsets or self._options.auto_commit else None
-            wanted_tags = self.subscriptions.get(queue.topic, self._assigned_filter)
-            self._hold(HeldQueue(queue, filter=wanted_tags, offset=offset, committed=committed))
+            if self._wants(queue):
+                committed = offset if queue in offsets or decided else None
+                wanted_tags = self.sharing.subscriptions.get(queue.topic, self._assigned_filter)
+                self._hold(HeldQueue(queue, filter=wanted_tags, offset=offset, committed=committed))
         if offsets or starts:
             logger.info("consumer: holds group=%s queues=%s", self._options.group, _names(self.held))
         if any(queue not in self.held for queue in wanted):
             self._retry_soon()
 
+    def _wants(self, queue: MessageQueue) -> bool:
+        """False when the user has changed his mind meanwhile."""
+        return queue.topic in self.sharing.subscriptions if self.assigned is None else queue in self.assigned
+
     async def _starts(self, queues: list[MessageQueue]) -> dict[MessageQueue, int]:
         """Where to begin in queues of which nothing is committed."""
         by_topic: dict[tuple[str, str, Start], list[MessageQueue]] = {}
         for queue in queues:
-            first_seen = self._first_seen.get(queue.topic)
-            fresh = first_seen is not None and queue not in first_seen
-            start = Position.FIRST if fresh else self._options.from_where
-            by_topic.setdefault((queue.broker_name, queue.topic, start), []).append(queue)
+            key = queue.broker_name, queue.topic, self.sharing.start_of(queue)
+            by_topic.setdefault(key, []).append(queue)
         starts: dict[MessageQueue, int] = {}
         for (broker_name, topic, start), items in by_topic.items():
             at = None if isinstance(start, Position) else timestamp_ms(start)

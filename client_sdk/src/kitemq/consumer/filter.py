@@ -19,6 +19,8 @@ def tags_of(expression: str) -> tuple[str, ...]:
     if not tags:
         raise InvalidRequestError(f"filter {expression!r} names no tag: write 'a || b', or '*' for all messages")
     for tag in tags:
+        if tag == ALL:
+            raise InvalidRequestError(f"filter {expression!r} mixes '*' with tags: use one or the other")
         if "|" in tag or not tag.isprintable():
             raise InvalidRequestError(f"filter {expression!r}: {tag!r} is no tag: separate tags with '||'")
     return tags

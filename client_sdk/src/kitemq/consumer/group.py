@@ -114,6 +114,11 @@ class Membership:
         self._joined: set[str] = set()
         self._ever_joined = False
 
+    @property
+    def followed(self) -> set[str]:
+        """Addresses of the brokers on which this consumer is a member, or tries to be."""
+        return set(self._followed)
+
     async def heartbeat_forever(self) -> None:
         """Every 30 s to every broker. Ends by cancellation."""
         while True:
@@ -197,14 +202,15 @@ class Membership:
                     backoff_s = BACKOFF_FIRST_S
             except grpc.aio.AioRpcError as error:
                 logger.debug("consumer: notify stream broke broker=%s code=%s", address, error.code())
-            if address in self._joined:
-                self._joined.discard(address)
-                backoff_s = BACKOFF_FIRST_S
+                if address in self._joined:
+                    backoff_s = BACKOFF_FIRST_S
+            self._joined.discard(address)
             await asyncio.sleep(random.uniform(0.5, 1.0) * backoff_s)
             backoff_s = min(2 * backoff_s, BACKOFF_MAX_S)
 
     async def _listen(self, address: str) -> bool:
-        """Returns when the stream has ended; False if it could not be joined."""
+        """Returns when the stream has ended; False if it could not be joined, or somebody else has taken our place."""
+        stopping = False
         stream = self._brokers.stub(address).Notify(broker_pb2.NotifyRequest(client_id=self._client_id))
         try:
             async for notice in stream:
@@ -219,6 +225,14 @@ class Membership:
                     self._changed()
                 elif event == "offsets_reset" and notice.offsets_reset == self._group:
                     self._offsets_reset(address)
+                elif event == "stopping":
+                    stopping = True
         finally:
             stream.cancel()
-        return True
+        if not stopping:
+            logger.warning(
+                "consumer: broker ended the notify stream: has another client the same id? client_id=%s broker=%s",
+                self._client_id,
+                address,
+            )
+        return stopping

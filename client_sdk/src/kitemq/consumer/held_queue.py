@@ -190,6 +190,8 @@ class HeldQueue:
             self._settle()
             return
         self.cached_bytes -= chunk.records_bytes
+        chunk.messages.close()
+        chunk.buffer = b""  # an unfinished chunk before this one may keep it in the row for long
         while self.chunks and not self.chunks[0].left:
             self.chunks.popleft()
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from kitemq.consumer.options import Position, Start, timestamp_ms
-from kitemq.errors import BrokerUnavailableError, KiteMQError
+from kitemq.errors import BrokerUnavailableError, GroupNotFoundError, KiteMQError
 from kitemq.message import MessageQueue
 from kitemq.proto.v1 import broker_pb2, broker_pb2_grpc, message_pb2
 from kitemq.route import RouteCache
@@ -121,6 +121,9 @@ class BrokerOffsets:
                     address=address,
                     topic=topic,
                 )
+            except GroupNotFoundError:
+                found.update(dict.fromkeys(queues))
+                return
             except KiteMQError as error:
                 logger.info("consumer: offsets unknown group=%s broker=%s error=%s", self._group, broker_name, error)
                 return

@@ -40,7 +40,8 @@ class PullConsumer(ConsumerClient):
     Either subscribe to topics, whose queues the group shares out, or `assign` queues by hand. Loop over it or `poll`,
     one at a time and from one task. At least once: with auto_commit (the default) a message counts as done when the
     next one is asked for, or when `async with` is left without an exception; offsets are committed every
-    commit_interval_s, when a queue is handed over, and at the end. Without auto_commit only `commit` commits.
+    commit_interval_s, when a queue is handed over, and at the end. Without auto_commit only `commit` commits, and where
+    a group begins that has committed nothing yet.
 
     The other arguments are those of PushConsumer. client_id: also the name under which a BROADCASTING consumer keeps
     its offsets.
@@ -106,7 +107,7 @@ class PullConsumer(ConsumerClient):
         wanted = normalized(filter)
         if core.assigned is not None:
             raise InvalidRequestError("queues are assigned by hand: use another consumer to subscribe", topic=topic)
-        if topic in core.subscriptions:
+        if topic in core.sharing.subscriptions:
             raise InvalidRequestError("the topic is subscribed already: unsubscribe first", topic=topic)
         await core.subscribe(topic, wanted)
 
@@ -120,7 +121,7 @@ class PullConsumer(ConsumerClient):
         wanted = frozenset(MessageQueue(*queue) for queue in queues)
         for queue in wanted:
             check_topic(queue.topic)
-        if core.subscriptions:
+        if core.sharing.subscriptions:
             raise InvalidRequestError("topics are subscribed: use another consumer to assign queues by hand")
         core.assign(wanted, normalized(filter))
         try:

@@ -15,7 +15,14 @@ import grpc.aio
 
 from kitemq.consumer.held_queue import Chunk, HeldQueue
 from kitemq.consumer.tasks import BackgroundTasks
-from kitemq.errors import DivergedError, KiteMQError, TopicNotFoundError, error_from_rpc, error_from_stream
+from kitemq.errors import (
+    DivergedError,
+    GroupNotFoundError,
+    KiteMQError,
+    TopicNotFoundError,
+    error_from_rpc,
+    error_from_stream,
+)
 from kitemq.message import MessageQueue
 from kitemq.proto.v1 import broker_pb2
 from kitemq.protocol.record import U32
@@ -378,7 +385,7 @@ class BrokerPull:
         elif isinstance(error, TopicNotFoundError):
             logger.warning("consumer: topic is gone queue=%s error=%s", held.queue, error)
             self._sink.lost(held)
-        elif error.refresh_route:
+        elif error.refresh_route and not isinstance(error, GroupNotFoundError):
             raise _StreamRefused(error)
         else:
             logger.warning("consumer: pull refused queue=%s error=%s", held.queue, error)

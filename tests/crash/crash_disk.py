@@ -194,9 +194,12 @@ class CrashDisk:
     def rename(self, source: Path, target: Path) -> None:
         self.faults.enter("directory", source)
         with self.mutex:
-            assert source.parent == target.parent, "a rename across directories is not modelled"
             content = self._content(source)
-            self._directory(source.parent).change(_Entry(self.tick(), target.name, content, source.name))
+            if source.parent == target.parent:
+                self._directory(source.parent).change(_Entry(self.tick(), target.name, content, source.name))
+            else:
+                self._directory(target.parent).change(_Entry(self.tick(), target.name, content))
+                self._directory(source.parent).change(_Entry(self.tick(), source.name, None))
 
     def remove(self, path: Path) -> None:
         self.faults.enter("directory", path)
@@ -264,10 +267,10 @@ class CrashDisk:
                     content.evict()
         return other
 
-    def copy(self) -> CrashDisk:
-        """A second disk with the same past, without faults and locks."""
+    def copy(self, root: Path | None = None) -> CrashDisk:
+        """A second disk with the same past, without faults and locks; its files lie below `root` instead."""
         with self.mutex:
-            other = CrashDisk(self.root, capacity_bytes=self.capacity_bytes, rng=self.rng)
+            other = CrashDisk(root or self.root, capacity_bytes=self.capacity_bytes, rng=self.rng)
             other._tree = _copy(self._tree, {})
             other._time = self._time
             other._boot_time = self._time

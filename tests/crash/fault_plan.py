@@ -83,6 +83,12 @@ class FaultPlan:
         """The call after that many more changing calls, and every later one, raises PowerLossError."""
         self._power_off_at = self.change_count + changes
 
+    def clear(self) -> None:
+        """No more faults."""
+        self._failures.clear()
+        self._power_off_at = None
+        self._short_rng = None
+
     def enter(self, operation: Operation, path: Path) -> None:
         """Called first by every operation of the disk."""
         with self._lock:

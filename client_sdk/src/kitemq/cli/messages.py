@@ -2,9 +2,9 @@
 
 The JSON of `tail`, `consume` and `message get` is what `produce --json` reads:
 
-    topic, body (text) or body_base64 (when the body is not UTF-8), tag, keys, properties, sharding_key, message_id
-    producer_group, born_timestamp_ms, broker_name, queue_id, queue_offset, physical_offset, store_timestamp_ms,
-    reconsume_times                                  where it came from: written, and ignored when read
+    body (text) or body_base64 (when the body is not UTF-8), tag, keys, properties, sharding_key
+    topic, message_id, producer_group, born_timestamp_ms, broker_name, queue_id, queue_offset, physical_offset,
+    store_timestamp_ms, reconsume_times       which message it was: ignored when read, for a copy is a new message
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kitemq.message import Message, ReceivedMessage
 
-_SENT_FIELDS = frozenset({"topic", "body", "body_base64", "tag", "keys", "properties", "sharding_key", "message_id"})
+_SENT_FIELDS = frozenset({"body", "body_base64", "tag", "keys", "properties", "sharding_key"})
 _STORED_FIELDS = frozenset(
     {
+        "topic",
+        "message_id",
         "producer_group",
         "born_timestamp_ms",
         "broker_name",
@@ -34,7 +36,9 @@ _STORED_FIELDS = frozenset(
         "reconsume_times",
     }
 )
-_CONTROL = {code: f"\\x{code:02x}" for code in (*range(0x20), 0x7F, *range(0x80, 0xA0)) if code != 0x09}
+_CONTROL = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if code != 0x09}
+# What json leaves as it is, but what moves a terminal's cursor or ends a line for some readers.
+_JSON_CONTROL = {code: f"\\u{code:04x}" for code in (*range(0x7F, 0xA0), 0x2028, 0x2029)}
 
 
 class MessageFormat(StrEnum):
@@ -70,6 +74,11 @@ def message_object(message: ReceivedMessage) -> dict[str, Any]:
     }
 
 
+def message_line(message: ReceivedMessage) -> str:
+    """A stored message as one line of JSON."""
+    return json.dumps(message_object(message), ensure_ascii=False).translate(_JSON_CONTROL)
+
+
 def parse_message_line(line: bytes, *, topic: str) -> tuple[Message, str]:
     """The message for `topic` that a JSON line describes, and its sharding key.
 
@@ -92,7 +101,6 @@ def parse_message_line(line: bytes, *, topic: str) -> tuple[Message, str]:
         tag=_text(value, "tag"),
         keys=_texts(value, "keys"),
         properties=_properties(value),
-        message_id=_text(value, "message_id"),
     )
     return message, _text(value, "sharding_key")
 
@@ -155,7 +163,7 @@ class MessagePrinter:
     def print(self, message: ReceivedMessage) -> None:
         """One message. Raises BrokenPipeError, here or in `flush`, when nobody reads any more."""
         if self._json:
-            line = json.dumps(message_object(message), ensure_ascii=False).encode()
+            line = message_line(message).encode()
         elif self._on_terminal:
             line = terminal_line(message).encode()
         else:

@@ -40,9 +40,9 @@ def produce(
     Empty lines are passed over. A line that is no valid message is reported and the rest is sent; when the cluster
     refuses or cannot be reached, no more is read. Ctrl-D ends what you type.
 
-    With --json a line has body or body_base64, and may have tag, keys, properties, sharding_key and message_id; the
-    other fields that tail prints are ignored. --key, --tag, --property and --sharding-key stand in for what a line
-    has not.
+    With --json a line has body or body_base64, and may have tag, keys, properties and sharding_key; the other fields
+    that tail prints are ignored: a copy is a new message. --key, --tag, --property and --sharding-key stand in for
+    what a line has not.
     """
     from kitemq.cli.producing import LineProducer, LineTemplate
 

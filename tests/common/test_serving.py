@@ -269,6 +269,14 @@ async def test_clients_that_vanish_leave_nothing_behind(caplog: pytest.LogCaptur
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
+async def test_a_burst_of_calls_is_served_to_the_last() -> None:
+    """As when a service comes back and all of its clients with it."""
+    async with serving(Echo()) as served, dial(served) as channel:
+        calls = [method(channel, "unary_unary", "Unary")(pb.GetRouteRequest(topic="t")) for _ in range(4_000)]
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+    assert [answer for answer in answers if isinstance(answer, BaseException)] == []
+
+
 # ---- health and reflection ----
 
 

@@ -1,9 +1,8 @@
-"""A namesrv on a free port, brokers to tell it about, a clock that a test moves, and waiting on conditions."""
+"""A namesrv on a free port, brokers to tell it about, and a clock that a test moves."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,6 @@ from kitemq.proto.v1 import namesrv_pb2, namesrv_pb2_grpc
 from kitemq.proto.v1.message_pb2 import TopicConfig
 from kitemq_server.common.addresses import parse_listeners
 from kitemq_server.namesrv.config import NamesrvConfig
-
-WAIT_S = 20.0
 
 
 class FakeClock:
@@ -65,18 +62,6 @@ def registration(
 async def dialled(address: str) -> AsyncIterator[namesrv_pb2_grpc.NamesrvAsyncStub]:
     async with grpc.aio.insecure_channel(address) as channel:
         yield namesrv_pb2_grpc.NamesrvStub(channel)
-
-
-async def eventually(condition: Callable[[], Any]) -> Any:
-    """What `condition` (a plain or async function) returns, once that is true."""
-    async with asyncio.timeout(WAIT_S):
-        while True:
-            result = condition()
-            if asyncio.iscoroutine(result):
-                result = await result
-            if result:
-                return result
-            await asyncio.sleep(0.005)
 
 
 def addresses_of(route: namesrv_pb2.TopicRoute) -> dict[str, list[str]]:

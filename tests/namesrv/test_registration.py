@@ -14,7 +14,8 @@ from kitemq.rpc import TlsConfig
 from kitemq_server.broker.registration import Registrar, registered
 from kitemq_server.namesrv.server import NamesrvHandle, run_namesrv
 from tests.certificates import make_certificates
-from tests.namesrv.helpers import WAIT_S, dialled, eventually, identity, namesrv_config
+from tests.namesrv.helpers import dialled, identity, namesrv_config
+from tests.waiting import eventually
 
 
 class Topics:
@@ -162,7 +163,7 @@ async def test_a_namesrv_that_hangs_does_not_hold_up_the_stop(tmp_path: Path) ->
     """It takes connections and never answers."""
     registrar = Topics("t").registrar()
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        async with asyncio.timeout(WAIT_S), registered(registrar, [f"127.0.0.1:{silent.getsockname()[1]}"]):
+        async with asyncio.timeout(20), registered(registrar, [f"127.0.0.1:{silent.getsockname()[1]}"]):
             assert not await registrar.synced(timeout_s=0.05)
 
 

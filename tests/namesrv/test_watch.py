@@ -10,7 +10,7 @@ import pytest
 from kitemq.errors import BrokerBusyError, BrokerUnavailableError
 from kitemq_server.namesrv import watch
 from kitemq_server.namesrv.watch import RouteFeed
-from tests.namesrv.helpers import eventually
+from tests.waiting import eventually
 
 
 class Encoder:

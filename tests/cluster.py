@@ -101,6 +101,11 @@ class Broker(Service):
         async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
             await admin_pb2_grpc.BrokerAdminStub(channel).SetTopic(admin_pb2.SetTopicRequest(topic=config))
 
+    async def delete_topic(self, topic: str) -> None:
+        """Delete it from this broker."""
+        async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
+            await admin_pb2_grpc.BrokerAdminStub(channel).DeleteTopic(admin_pb2.DeleteTopicRequest(topic=topic))
+
 
 class Cluster:
     """`broker` is the first of `brokers`."""

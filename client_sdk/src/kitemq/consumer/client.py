@@ -64,6 +64,10 @@ class ConsumerClient:
             raise ClientClosedError(f"the {type(self).__name__} of group {self.group!r} is {reason}")
         return self._open_core
 
+    def _check_open(self) -> None:
+        """Raises ClientClosedError."""
+        assert self._core
+
     def held_queues(self) -> list[MessageQueue]:
         """The queues that this consumer reads now, sorted."""
         return sorted(self._core.held)

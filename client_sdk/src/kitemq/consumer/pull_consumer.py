@@ -184,6 +184,7 @@ class PullConsumer(ConsumerClient):
 
         The messages handed out before count as done. Raises ClientClosedError when the consumer is closed meanwhile.
         """
+        self._check_open()
         if max_count < 1:
             raise InvalidRequestError(f"max_count {max_count} must be at least 1")
         self._all_done()
@@ -249,7 +250,7 @@ class PullConsumer(ConsumerClient):
             raise self._failure
         self._arrived.clear()
         await self._arrived.wait()
-        _ = self._core
+        self._check_open()
 
     # ---- offsets ----
 

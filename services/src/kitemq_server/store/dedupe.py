@@ -126,10 +126,11 @@ class Dedupe:
         return any((topic, message_id) in ids for message_id in message_ids)
 
     def record_ids(self, topic: str, message_ids: Iterable[str], queue_id: int, queue_offset: int) -> None:
-        """Messages without a producer instance have been stored from `queue_offset` on."""
+        """Messages without a producer instance have been stored from `queue_offset` on. An empty id is none."""
         ids = self._ids
         for offset, message_id in enumerate(message_ids, queue_offset):
-            ids[topic, message_id] = (queue_id, offset)
+            if message_id:
+                ids[topic, message_id] = (queue_id, offset)
         while len(ids) > RECENT_IDS_MAX:
             ids.popitem(last=False)
 

@@ -89,12 +89,18 @@ class Housekeeping:
         if self._space.full and now_s >= self._space_at:
             self._space_at = now_s + FULL_RETRY_S
             self._writer.recover_space()
-        self._snapshotter.start_if_due(self._log.end_offset, self._appender.record_count)
+        if self._snapshotter.due(self._log.end_offset, self._appender.record_count):
+            self.snapshot()
         if now_s >= self._index_at:
             self._index_at = now_s + _INDEX_INTERVAL_S
             self.index()
         self._scrub_some(now_s)
         self._commits.append_if_due(now_s)
+
+    def snapshot(self) -> None:
+        """Begins a snapshot. Raises as an append: what waits is recorded first, so that it says no more than the log."""
+        self._commits.append_pending()
+        self._snapshotter.start(self._log.end_offset, self._appender.record_count)
 
     def index(self) -> None:
         """Gives the key index what has been confirmed."""

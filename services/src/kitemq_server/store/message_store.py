@@ -397,6 +397,21 @@ class MessageStore:
         self.append_change(message_pb2.SystemRecord(epoch_started=started))
         await self._flush()
 
+    def _start_housekeeping(self) -> list[asyncio.Task[None]]:
+        """A housekeeper that ends by itself has failed, and the store with it."""
+        keepers = [
+            asyncio.create_task(self._housekeeping.run(), name="store housekeeping"),
+            asyncio.create_task(self._housekeeping.retain(), name="store retention"),
+        ]
+        for keeper in keepers:
+            keeper.add_done_callback(self._keeper_ended)
+        return keepers
+
+    def _keeper_ended(self, keeper: asyncio.Task[None]) -> None:
+        error = None if keeper.cancelled() else keeper.exception()
+        if isinstance(error, Exception):
+            self.fail(error)
+
     async def _flush(self) -> None:
         await self._thread.call(self._writer.flush)
 
@@ -414,10 +429,9 @@ class MessageStore:
         """Leaves nothing for the next start to do, unless the store has failed."""
         try:
             if not self._confirmation.failed:
-                self._commits.append_pending()
+                self._housekeeping.snapshot()
                 await self._flush()
                 self._housekeeping.index()
-                self._snapshotter.start(self._log.end_offset, self._appender.record_count)
                 await self._thread.drain()
         except (OSError, KiteMQError) as error:
             logger.error("store not closed cleanly, the next start recovers it: %r", error)
@@ -465,14 +479,13 @@ async def open_store(
             buckets = LmdbBuckets(opened.layout.index) if isinstance(disk, RealDisk) else MemoryBuckets()
         store = MessageStore(opened, config, thread, failed, clock_ms, buckets)
         await store._begin(opened.next_epoch)
-        async with asyncio.TaskGroup() as tasks:
-            runners = [tasks.create_task(store._housekeeping.run()), tasks.create_task(store._housekeeping.retain())]
-            try:
-                yield store
-            finally:
-                for runner in runners:
-                    runner.cancel()
-                await store._close()
+        keepers = store._start_housekeeping()
+        try:
+            yield store
+        finally:
+            for keeper in keepers:
+                keeper.cancel()
+            await store._close()
     finally:
         opened.lock.close()
 

@@ -24,7 +24,8 @@ def check_queues(queues: QueueTable, log_start: int) -> list[ConsumeQueue]:
         if queue.min_offset == queue.next_offset:
             continue
         first = queues.files.first_kept(queue.topic, queue.queue_id, queue.min_offset, queue.next_offset)
-        if not queues.files.complete(queue.topic, queue.queue_id, first, queue.next_offset):
+        there = first < queue.next_offset
+        if not there or not queues.files.complete(queue.topic, queue.queue_id, first, queue.next_offset):
             broken.append(queue)
             continue
         entry = queue.entry(first)

@@ -150,18 +150,22 @@ class Recovery:
         return self._proven > position
 
     def _prove(self, position: int) -> None:
-        """Raises `proven` to the highest flushed offset that any valid record behind the one at `position` states.
+        """Raises `proven` to the highest flushed offset that any valid record behind `position` states.
 
-        What lies inside that record's frame proves nothing: it may be a message's body.
+        Inside the frame that may begin there lies, as like as not, the body of a torn message, and it may hold anything:
+        records there count only if they go on up to the frame's end or to that of the log.
         """
-        position += max(record_bytes(self._reader.pread(position, FRAME_BYTES), 0), 1)
+        frame_end = position + max(record_bytes(self._reader.pread(position, FRAME_BYTES), 0), 0)
         for segment in self._log.segments:
-            at = max(position, segment.base)
+            at = max(position + 1, segment.base)
             while (found := find_record(self._reader, at, segment.end_offset)) is not None:
+                proven = 0
                 for record in read_records(self._reader, found.physical_offset, segment.end_offset):
                     at = record.end_offset
                     if self._plausible(record):
-                        self._proven = max(self._proven, record.flushed_offset)
+                        proven = record.flushed_offset
+                if at >= min(frame_end, segment.end_offset) or is_zero(self._reader, at, segment.end_offset):
+                    self._proven = max(self._proven, proven)
 
     def _next_valid(self, position: int, end: int) -> int | None:
         """Where the next valid record of this segment begins, behind damage at `position`."""

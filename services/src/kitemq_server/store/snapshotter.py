@@ -78,20 +78,19 @@ class Snapshotter:
         """Physical offset of the oldest snapshot kept: the log from here on is needed."""
         return self.kept[0] if len(self.kept) >= SNAPSHOTS_KEPT else 0
 
-    def start_if_due(self, physical_offset: int, record_count: int) -> None:
-        """Begins a snapshot when enough has changed and enough time has passed."""
+    def due(self, physical_offset: int, record_count: int) -> bool:
+        """Whether enough has changed and enough time has passed."""
         if self._running or physical_offset == self._last_offset:
-            return
+            return False
         waited = time.monotonic() - self._last_started
         if waited < self.cost_s * _COST_FACTOR:
-            return
+            return False
         config = self._config
-        if (
+        return (
             record_count - self._last_record_count >= config.snapshot_records
             or physical_offset - self._last_offset >= config.snapshot_bytes
             or waited * 1000 >= config.snapshot_interval_ms
-        ):
-            self.start(physical_offset, record_count)
+        )
 
     def start(self, physical_offset: int, record_count: int) -> None:
         """Begins a snapshot, unless one is under way."""

@@ -61,7 +61,7 @@ class State:
             if message.sequence:
                 key = (message.producer_instance, message.topic, record.queue_id)
                 self.dedupe.record(key, message.sequence, 1, queue_offset, record.store_timestamp_ms)
-        elif message.message_id:
+        else:
             self.dedupe.record_ids(message.topic, (message.message_id,), record.queue_id, queue_offset)
 
     def confirm_all(self) -> None:

@@ -68,7 +68,7 @@ class Settings:
         if key not in LiveSettings.__slots__:
             raise InvalidRequestError(f"{key} cannot be changed while the broker runs: set it and restart")
         try:
-            adapter: TypeAdapter[Any] = TypeAdapter(Annotated[field.annotation, field])
+            adapter: TypeAdapter[Any] = TypeAdapter(Annotated[field.annotation, field])  # type: ignore[arg-type]
             return adapter.validate_python(text)
         except ValidationError as error:
             problem = error.errors()[0]["msg"].removeprefix("Value error, ")

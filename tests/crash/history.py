@@ -338,8 +338,8 @@ class History:
 
     def snapshot(self, rng: random.Random) -> None:
         """A snapshot begins; what follows happens while it is written."""
-        store = self.opened
-        store._snapshotter.start(store._log.end_offset, store._appender.record_count)
+        with self.offsets_watched():
+            self.opened._housekeeping.snapshot()
 
     async def retain(self, rng: random.Random) -> None:
         """The oldest segments go, all but a few."""

@@ -11,7 +11,7 @@ from typing import Any
 import grpc.aio
 
 from kitemq.proto.v1 import admin_pb2, admin_pb2_grpc
-from kitemq.proto.v1.message_pb2 import TopicConfig
+from kitemq.proto.v1.message_pb2 import GroupConfig, TopicConfig
 from kitemq.rpc import CHANNEL_OPTIONS
 from kitemq_server.broker.config import BrokerConfig
 from kitemq_server.broker.server import run_broker
@@ -105,6 +105,12 @@ class Broker(Service):
         """Delete it from this broker."""
         async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
             await admin_pb2_grpc.BrokerAdminStub(channel).DeleteTopic(admin_pb2.DeleteTopicRequest(topic=topic))
+
+    async def set_group(self, group: str, **config: Any) -> None:
+        """Create the group on this broker, or change it. `config`: fields of GroupConfig."""
+        request = admin_pb2.SetGroupRequest(group=GroupConfig(name=group, **({"consume_enabled": True} | config)))
+        async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
+            await admin_pb2_grpc.BrokerAdminStub(channel).SetGroup(request)
 
 
 class Cluster:

@@ -14,14 +14,14 @@ from tests.cluster import Broker, Cluster
 
 async def send(cluster: Cluster, topic: str, bodies: Sequence[str], **message: Any) -> None:
     """One after the other; round robin over the queues."""
-    async with kitemq.Producer(cluster.namesrv_address, group="tests") as producer:
+    async with kitemq.Producer(cluster.namesrv_address, group="tests", compression=kitemq.Compression.NONE) as producer:
         for body in bodies:
             await producer.send(kitemq.Message(topic, body.encode(), **message))
 
 
 async def send_to(cluster: Cluster, queue: MessageQueue, bodies: Sequence[str], **message: Any) -> None:
     """As one batch to one queue."""
-    async with kitemq.Producer(cluster.namesrv_address, group="tests") as producer:
+    async with kitemq.Producer(cluster.namesrv_address, group="tests", compression=kitemq.Compression.NONE) as producer:
         batch = [kitemq.Message(queue.topic, body.encode(), **message) for body in bodies]
         await producer.send_batch(batch, queue=queue)
 

@@ -13,7 +13,7 @@ from kitemq.cli.messages import MessagePrinter
 from kitemq.cli.options import Connection
 from kitemq.cli.output import note
 from kitemq.cli.session import warn_unanswered
-from kitemq.errors import BrokerUnavailableError, KiteMQError
+from kitemq.errors import BrokerUnavailableError, KiteMQError, TopicNotFoundError
 from kitemq.message import MessageQueue, ReceivedMessage
 from kitemq.proto.v1 import broker_pb2, broker_pb2_grpc
 from kitemq.route import Route, RouteCache, open_route_cache
@@ -214,7 +214,8 @@ class Follower:
                 try:
                     page = await self._reader.pull(queue, offset, suspend_ms=SUSPEND_MS)
                 except KiteMQError as error:
-                    if not error.retriable:
+                    # A broker that stops takes its topics with it, and brings them back.
+                    if not (error.retriable or isinstance(error, TopicNotFoundError)):
                         raise
                     self._complain(queue.broker_name, error)
                     await asyncio.sleep(max(RETRY_S, error.retry_after_ms / 1000))
@@ -230,9 +231,9 @@ class Follower:
     def _complain(self, broker_name: str, error: KiteMQError) -> None:
         if broker_name not in self._silent:
             self._silent.add(broker_name)
-            note(f"Warning: broker {broker_name} does not answer, trying again: {error}")
+            note(f"Warning: broker {broker_name} cannot be read, trying again: {error}")
 
     def _answers(self, broker_name: str) -> None:
         if broker_name in self._silent:
             self._silent.discard(broker_name)
-            note(f"Broker {broker_name} answers again.")
+            note(f"Broker {broker_name} can be read again.")

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from kitemq_server.store.disk import Disk, File, write_all
+from kitemq_server.store.disk import Disk, File, syncing, write_all
 from kitemq_server.store.file_cache import FileCache
 from kitemq_server.store.filenames import Layout, offset_name, parse_offset_name
 
@@ -83,10 +83,11 @@ class QueueFiles:
 
     def sync(self) -> None:
         """Everything written is on disk when this returns."""
-        self.disk.sync_files(self._unsynced)
-        for directory in self._new_directories:
-            with suppress(FileNotFoundError):  # deleted since, with its topic
-                self.disk.fsync_dir(directory)
+        with syncing():
+            self.disk.sync_files(self._unsynced)
+            for directory in self._new_directories:
+                with suppress(FileNotFoundError):  # deleted since, with its topic
+                    self.disk.fsync_dir(directory)
         self._unsynced.clear()
         self._new_directories.clear()
 

@@ -11,8 +11,8 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Collection
-from contextlib import suppress
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -93,6 +93,16 @@ def write_all(file: File, data: bytes, position: int) -> None:
         if count <= 0:
             raise OSError(errno.EIO, "a write made no progress")
         written += count
+
+
+@contextmanager
+def syncing() -> Iterator[None]:
+    """Makes a failed sync EIO, whatever the system calls it: also with ENOSPC the bytes may be lost, and a second sync
+    that succeeds says nothing about them."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(errno.EIO, f"a sync failed: {error}") from error
 
 
 def read_file(disk: Disk, path: Path) -> bytes:

@@ -15,7 +15,7 @@ from kitemq.errors import BrokerBusyError, StoreFullError
 from kitemq_server.store.commit_log import CommitLog, Segment
 from kitemq_server.store.config import StoreConfig
 from kitemq_server.store.confirm import Confirmation
-from kitemq_server.store.disk import write_all
+from kitemq_server.store.disk import syncing, write_all
 from kitemq_server.store.record import ROLL_BYTES
 from kitemq_server.store.space import Space, is_full
 from kitemq_server.store.store_thread import StoreThread
@@ -44,6 +44,7 @@ class LogWriter:
         self._allocating = False
         self._flush_wanted = False
         self._fsync_started = 0.0
+        self._flush_error: OSError | None = None
         self._directory_dirty = False
         self._written_offset = confirmation.written_offset
         self._flushed_offset = confirmation.flushed_offset
@@ -243,26 +244,36 @@ class LogWriter:
             self._thread.run(self.flush)
 
     def flush(self) -> None:
-        """Thread: everything written so far is on disk when this returns. Raises OSError, which is fatal."""
+        """Thread: everything written so far is on disk when this returns. Raises OSError, which is fatal: so does every
+        later flush, as a second fsync may succeed without having written what the first one lost."""
         self._flush_wanted = False
         target = self._written_offset
         if target <= self._flushed_offset:
             return
+        if self._flush_error is not None:
+            raise self._flush_error
         started = self._fsync_started = time.monotonic()
         try:
-            if self._directory_dirty:
-                self._directory_dirty = False
-                self._log.disk.fsync_dir(self._log.layout.commit_log)
-            for segment in self._log.segments:
-                if segment.end_offset > self._flushed_offset and segment.base < target and segment.file is not None:
-                    segment.file.fdatasync()
-                    if segment is not self._log.segments[-1] and segment.allocated == segment.end_offset <= target:
-                        segment.file.close()
-                        segment.file = None
+            with syncing():
+                self._sync(target)
+        except OSError as error:
+            self._flush_error = error
+            raise
         finally:
             self._fsync_started = 0.0
         self._flushed_offset = target
         self._thread.post(self._flushed, target, time.monotonic() - started)
+
+    def _sync(self, target: int) -> None:
+        if self._directory_dirty:
+            self._directory_dirty = False
+            self._log.disk.fsync_dir(self._log.layout.commit_log)
+        for segment in self._log.segments:
+            if segment.end_offset > self._flushed_offset and segment.base < target and segment.file is not None:
+                segment.file.fdatasync()
+                if segment is not self._log.segments[-1] and segment.allocated == segment.end_offset <= target:
+                    segment.file.close()
+                    segment.file = None
 
     def close(self) -> None:
         """Closes the files that are open for writing. After the thread's end."""

@@ -112,6 +112,12 @@ class Broker(Service):
         async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
             await admin_pb2_grpc.BrokerAdminStub(channel).SetGroup(request)
 
+    async def reset_offsets(self, group: str, topic: str, **target: Any) -> None:
+        """Move a group's offsets on this broker. `target`: fields of ResetOffsetsRequest."""
+        request = admin_pb2.ResetOffsetsRequest(group=group, topic=topic, **target)
+        async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
+            await admin_pb2_grpc.BrokerAdminStub(channel).ResetOffsets(request)
+
 
 class Cluster:
     """`broker` is the first of `brokers`."""

@@ -78,8 +78,11 @@ class BrokerService(broker_pb2_grpc.BrokerServicer):
     async def ListGroupMembers(
         self, request: broker_pb2.ListGroupMembersRequest, context: Any
     ) -> broker_pb2.ListGroupMembersResponse:
-        """Sorted."""
-        return broker_pb2.ListGroupMembersResponse(client_ids=self._membership.member_ids(request.group))
+        """Sorted, and what each of them subscribes to."""
+        client_ids = self._membership.member_ids(request.group)
+        members = self._membership.registry.members(request.group)
+        consumers = [members[client_id].consumers[request.group] for client_id in client_ids]
+        return broker_pb2.ListGroupMembersResponse(client_ids=client_ids, consumers=consumers)
 
     async def CommitOffsets(
         self, request: broker_pb2.CommitOffsetsRequest, context: Any

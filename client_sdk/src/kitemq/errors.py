@@ -253,8 +253,12 @@ def error_from_rpc(error: grpc.aio.AioRpcError, *, address: str, topic: str | No
     metadata = {key: value for key, value in (error.trailing_metadata() or ()) if isinstance(value, str)}
     cls = ERRORS.get(metadata.get(ERROR_METADATA_KEY, "")) or _BY_CODE.get(error.code(), InternalBrokerError)
     retry_after = metadata.get(RETRY_AFTER_METADATA_KEY, "")
+    text = error.details() or error.code().name
+    if cls is BrokerUnavailableError and ERROR_METADATA_KEY not in metadata:
+        # gRPC's own words name every address and layer; its last clause is the reason.
+        text = f"cannot reach it: {text.rpartition(': ')[2].lower()}"
     return cls(
-        error.details() or error.code().name,
+        text,
         topic=topic,
         address=address,
         request_id=metadata.get(REQUEST_ID_METADATA_KEY),

@@ -125,6 +125,12 @@ def advertised_addresses(
     return addresses
 
 
+def local_address(listener: Listener, port: int) -> str:
+    """host:port by which this machine itself reaches a listener that has bound `port`."""
+    loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+    return join_address(loopback.get(listener.host, listener.host), port)
+
+
 def primary_host() -> str:
     """The IPv4 address this machine has towards its default route; 127.0.0.1 without a network."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:

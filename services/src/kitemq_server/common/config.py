@@ -12,7 +12,7 @@ import tomllib
 import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from pydantic_settings import (
@@ -55,9 +55,6 @@ class ServiceConfig(BaseSettings):
     """Base of every service's model; a subclass names its environment prefix in `model_config`."""
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid", enable_decoding=False, validate_default=False)
-
-    # Keys that are only read from the file, not given as flags.
-    file_only: ClassVar[frozenset[str]] = frozenset()
 
     # Why INFO: one line per change of state, none per message.
     log_level: LogLevel = Field(default="INFO", description="DEBUG, INFO, WARNING or ERROR")
@@ -120,9 +117,9 @@ def load(
     model: type[Config],
     *,
     config_file: Path | None = None,
-    flags: Mapping[str, str] | None = None,
+    flags: Mapping[str, object] | None = None,
 ) -> Config:
-    """The service's configuration from its file, the environment and `flags` (by key, as texts).
+    """The service's configuration from its file, the environment and `flags` (by key; texts, or values as they are).
 
     Raises ConfigError with every problem found.
     """
@@ -179,7 +176,7 @@ def _check_file(path: Path) -> None:
 
 
 def _problem(
-    model: type[ServiceConfig], detail: dict[str, Any], flags: Mapping[str, str], config_file: Path | None
+    model: type[ServiceConfig], detail: dict[str, Any], flags: Mapping[str, object], config_file: Path | None
 ) -> str:
     message = str(detail["msg"]).removeprefix("Value error, ")
     if not detail["loc"]:

@@ -20,16 +20,20 @@ EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
 
-def run(service: Callable[[asyncio.Event], Awaitable[None]]) -> int:
+Service = Callable[[asyncio.Event], Awaitable[None]]
+
+
+def run(service: Service, *, mendable: tuple[type[Exception], ...] = ()) -> int:
     """Run `service` until it returns, and say with which code the process should exit.
 
     service: gets an event that SIGTERM or SIGINT sets, upon which it stops cleanly. A second signal ends the process
-    at once. An exception out of `service` is logged: one line for what an operator can mend, else with its traceback.
+    at once. An exception out of `service` is logged, with its traceback unless its text says to an operator what to do:
+    ConfigError (exit code 2), ServeError, OSError and those in `mendable`.
     """
-    return asyncio.run(_run(service))
+    return asyncio.run(_run(service, (ServeError, OSError, *mendable)))
 
 
-async def _run(service: Callable[[asyncio.Event], Awaitable[None]]) -> int:
+async def _run(service: Service, mendable: tuple[type[Exception], ...]) -> int:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -45,21 +49,18 @@ async def _run(service: Callable[[asyncio.Event], Awaitable[None]]) -> int:
     try:
         await service(stop)
     except Exception as error:
-        return _report(error)
+        return _report(error, mendable)
     finally:
         for signum in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(signum)
     return EXIT_OK
 
 
-def _report(error: Exception) -> int:
+def _report(error: Exception, mendable: tuple[type[Exception], ...]) -> int:
     while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]
-    if isinstance(error, ConfigError):
+    if isinstance(error, (ConfigError, *mendable)):
         logger.error("%s", error)
-        return EXIT_USAGE
-    if isinstance(error, (ServeError, OSError)):
-        logger.error("%s", error)
-    else:
-        logger.error("failed", exc_info=error)
+        return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED
+    logger.error("failed", exc_info=error)
     return EXIT_FAILED

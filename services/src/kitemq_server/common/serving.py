@@ -46,7 +46,7 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
     # Streams and long polls of one connection; a bound, far above what a client has.
     ("grpc.max_concurrent_streams", 20_000),
-    # All clients of a restarted service come back at once; over its own 1,000 waiting calls gRPC cancels them at random.
+    # All clients of a restarted service come back at once; over 1,000 waiting calls gRPC would cancel some at random.
     ("grpc.server.max_pending_requests", 100_000),
     ("grpc.server.max_pending_requests_hard_limit", 200_000),
 )

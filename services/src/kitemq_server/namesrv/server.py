@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from kitemq_server.common.addresses import join_address
+from kitemq_server.common.addresses import local_address
 from kitemq_server.common.clock import Clock, SystemClock
 from kitemq_server.common.metrics import RpcMetrics, new_registry, serve_metrics
 from kitemq_server.common.serving import serve, tls_of
@@ -23,7 +23,7 @@ from kitemq_server.namesrv.service import SERVICE_NAME, NamesrvService
 class NamesrvHandle:
     """A namesrv that serves.
 
-    ports: bound, by listener name. address: host:port of the first listener. metrics_port: None = off.
+    ports: bound, by listener name; metrics_port: None = off. address: of the first listener, from this machine.
     """
 
     ports: Mapping[str, int]
@@ -62,7 +62,7 @@ async def run_namesrv(config: NamesrvConfig, *, clock: Clock | None = None) -> A
             ) as serving,
         ):
             first = config.listen[0]
-            yield NamesrvHandle(serving.ports, metrics_port, join_address(first.host, serving.ports[first.name]))
+            yield NamesrvHandle(serving.ports, metrics_port, local_address(first, serving.ports[first.name]))
 
 
 async def _expire_forever(service: NamesrvService, scan_ms: int) -> None:

@@ -98,7 +98,7 @@ class Housekeeping:
         self._commits.append_if_due(now_s)
 
     def snapshot(self) -> None:
-        """Begins a snapshot. What waits is recorded first, so that it says no more than the log. Raises as an append."""
+        """Begins a snapshot; what waits is recorded first: it says no more than the log. Raises as an append."""
         self._commits.append_pending()
         self._snapshotter.start(self._log.end_offset, self._appender.record_count)
 

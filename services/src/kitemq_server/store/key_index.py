@@ -154,14 +154,14 @@ class KeyIndex:
 
     # ---- the feed
 
-    def add(self, fed: Fed) -> None:
-        """An append with messages."""
-        self._feed.append(fed)
-        self._fed_messages += sum(len(batch.message_ids) for batch in fed.appended)
+    def add(self, timestamp_ms: int, start: int, end: int, appended: Sequence[Appended]) -> None:
+        """An append with messages, from `start` up to `end`."""
+        self._feed.append(Fed(timestamp_ms, start, end, appended))
+        self._fed_messages += sum(len(batch.message_ids) for batch in appended)
         if self._fed_messages > _FEED_MESSAGES_MAX:
             self._feed.clear()
             self._fed_messages = 0
-            self._feed_from = fed.end
+            self._feed_from = end
 
     def work(self, confirm_offset: int, run_steps: Callable[[Iterator[None]], None]) -> None:
         """Hands what is confirmed to the thread, unless it is still busy."""

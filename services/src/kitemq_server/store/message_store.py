@@ -10,19 +10,21 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from kitemq.errors import KiteMQError
+from kitemq.errors import KiteMQError, StoreFullError
 from kitemq.proto.v1 import message_pb2
-from kitemq_server.store.appender import Appended, Appender
+from kitemq_server.common.clock import SystemClock
+from kitemq_server.store.appender import Appender
 from kitemq_server.store.batch import AppendReceipt, ClientBatch, OffsetRun
 from kitemq_server.store.commit_log import LogReader
 from kitemq_server.store.config import FlushMode, StoreConfig
 from kitemq_server.store.confirm import Confirmation
 from kitemq_server.store.consume_queue import ConsumeQueue
 from kitemq_server.store.disk import Disk, RealDisk
+from kitemq_server.store.errors import StoreOpenError
 from kitemq_server.store.file_cache import FileCache
 from kitemq_server.store.housekeeping import Housekeeping
 from kitemq_server.store.index_buckets import Buckets, LmdbBuckets, MemoryBuckets
-from kitemq_server.store.key_index import FOUND_MAX, Fed, KeyIndex
+from kitemq_server.store.key_index import FOUND_MAX, KeyIndex
 from kitemq_server.store.log_writer import LogWriter
 from kitemq_server.store.offset_commits import OffsetCommits
 from kitemq_server.store.opening import Opened, open_files
@@ -38,11 +40,6 @@ logger = logging.getLogger(__name__)
 
 _THREAD_FILES_MAX = 8
 _END_OF_TIME_MS = 1 << 63
-
-
-def wall_clock_ms() -> int:
-    """Unix milliseconds."""
-    return time.time_ns() // 1_000_000
 
 
 class MessageStore:
@@ -68,6 +65,15 @@ class MessageStore:
         self._space = opened.space
         self._confirmation = Confirmation(config.flush_mode, opened.log.end_offset)
         self._writer = LogWriter(opened.log, opened.space, thread, self._confirmation, config)
+        self._thread_reader = LogReader(opened.log, FileCache(_THREAD_FILES_MAX))
+        self._log_reader = LogReader(opened.log, FileCache(config.open_files_max))
+        self._index = KeyIndex(
+            buckets,
+            store_uuid=opened.store_uuid,
+            reader=self._log_reader,
+            thread_reader=self._thread_reader,
+            feed_from=opened.log.end_offset,
+        )
         self._appender = Appender(
             opened.log,
             self._writer,
@@ -76,9 +82,8 @@ class MessageStore:
             config,
             clock_ms,
             on_failure=self.fail,
-            on_messages=self._appended_messages,
+            on_messages=self._index.add,
         )
-        self._log_reader = LogReader(opened.log, FileCache(config.open_files_max))
         self._reader = QueueReader(self._log_reader, self._write_entry)
         self._snapshotter = Snapshotter(
             opened.disk,
@@ -90,14 +95,6 @@ class MessageStore:
             space=opened.space,
             thread=thread,
             kept=opened.snapshots,
-        )
-        self._thread_reader = LogReader(opened.log, FileCache(_THREAD_FILES_MAX))
-        self._index = KeyIndex(
-            buckets,
-            store_uuid=opened.store_uuid,
-            reader=self._log_reader,
-            thread_reader=self._thread_reader,
-            feed_from=opened.log.end_offset,
         )
         self._scrub = Scrub(self._thread_reader, opened.state.queues, self._reader, thread, time.monotonic())
         self._retention = Retention(
@@ -394,7 +391,10 @@ class MessageStore:
         await self._thread.call(lambda: self._index.open(end_offset, self.epochs))
         self._appender.epoch = epoch
         started = message_pb2.EpochStarted(epoch=epoch, first_physical_offset=end_offset, store_uuid=self.store_uuid)
-        self.append_change(message_pb2.SystemRecord(epoch_started=started))
+        try:
+            self.append_change(message_pb2.SystemRecord(epoch_started=started))
+        except StoreFullError as error:
+            raise StoreOpenError(f"the disk has no space left even for a start, free some: {error}") from error
         await self._flush()
 
     def _start_housekeeping(self) -> list[asyncio.Task[None]]:
@@ -414,9 +414,6 @@ class MessageStore:
 
     async def _flush(self) -> None:
         await self._thread.call(self._writer.flush)
-
-    def _appended_messages(self, timestamp_ms: int, start: int, end: int, appended: list[Appended]) -> None:
-        self._index.add(Fed(timestamp_ms, start, end, appended))
 
     def _write_entry(self, queue: ConsumeQueue, queue_offset: int, entry: bytes) -> None:
         def write() -> None:
@@ -451,7 +448,7 @@ async def open_store(
     root: Path,
     config: StoreConfig,
     *,
-    clock_ms: Callable[[], int] = wall_clock_ms,
+    clock_ms: Callable[[], int] = SystemClock().wall_ms,
     buckets: Buckets | None = None,
 ) -> AsyncIterator[MessageStore]:
     """Locks and recovers the store below `root`, begins a new epoch, and closes it cleanly at the end.
@@ -478,9 +475,10 @@ async def open_store(
         if buckets is None:
             buckets = LmdbBuckets(opened.layout.index) if isinstance(disk, RealDisk) else MemoryBuckets()
         store = MessageStore(opened, config, thread, failed, clock_ms, buckets)
-        await store._begin(opened.next_epoch)
-        keepers = store._start_housekeeping()
+        keepers: list[asyncio.Task[None]] = []
         try:
+            await store._begin(opened.next_epoch)
+            keepers = store._start_housekeeping()
             yield store
         finally:
             for keeper in keepers:

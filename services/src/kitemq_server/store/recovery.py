@@ -152,7 +152,7 @@ class Recovery:
     def _prove(self, position: int) -> None:
         """Raises `proven` to the highest flushed offset that any valid record behind `position` states.
 
-        Inside the frame that may begin there lies, as like as not, the body of a torn message, and it may hold anything:
+        Inside a frame that begins there lies, as like as not, the body of a torn message, and it may hold anything:
         records there count only if they go on up to the frame's end or to that of the log.
         """
         frame_end = position + max(record_bytes(self._reader.pread(position, FRAME_BYTES), 0), 0)

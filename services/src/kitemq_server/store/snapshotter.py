@@ -6,6 +6,7 @@ consume queues, then the file itself. Only then may what it makes needless go: o
 
 from __future__ import annotations
 
+import errno
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -109,30 +110,30 @@ class Snapshotter:
     # ---- on the thread
 
     def _guarded(self, capture: Capture) -> Iterator[None]:
+        """The steps, timed; on a full disk once more, with what the reserve held."""
         cost_s = 0.0
         steps = self._steps(capture)
-        try:
-            while True:
-                started = time.perf_counter()
-                try:
-                    next(steps)
-                except StopIteration:
-                    self._thread.post(self._done, capture, cost_s + time.perf_counter() - started)
+        while True:
+            started = time.perf_counter()
+            try:
+                next(steps)
+            except StopIteration:
+                self._thread.post(self._done, capture, cost_s + time.perf_counter() - started)
+                return
+            except OSError as error:
+                if not is_full(error):
+                    raise
+                if not self._space.release_reserve():
+                    self._thread.post(self._abandoned)
                     return
-                cost_s += time.perf_counter() - started
-                yield
-        except OSError as error:
-            if not is_full(error):
-                raise
-            # What a snapshot needs is in the reserve: free it, and the next try has it.
-            self._space.release_reserve()
-            self._thread.post(self._abandoned)
+                steps = self._steps(capture)
+            cost_s += time.perf_counter() - started
+            yield
 
     def _steps(self, capture: Capture) -> Iterator[None]:
         self._writer.flush()
         if self._writer.flushed_offset < capture.physical_offset:
-            self._thread.post(self._abandoned)
-            return
+            raise OSError(errno.ENOSPC, "the log waits for space")
         yield
         files = self._state.queues.files
         for index, tail in enumerate(capture.tails):

@@ -32,7 +32,7 @@ class Space:
         self._disk = disk
         self._layout = layout
         self._config = config
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._reserved = False
         self.full = False  # client appends are refused
 
@@ -63,7 +63,7 @@ class Space:
                 if not is_full(error):
                     raise
                 self.release_reserve()
-                self._extend(segment, end_offset, _SMALL_STEP_BYTES)
+                self._extend(segment, end_offset, min(_SMALL_STEP_BYTES, self._config.allocate_bytes))
 
     def _extend(self, segment: Segment, end_offset: int, step: int) -> None:
         assert segment.file is not None
@@ -71,12 +71,18 @@ class Space:
         segment.file.allocate(segment.allocated - segment.base, target - segment.allocated)
         segment.allocated = target
 
-    def release_reserve(self) -> None:
-        """Gives the reserve to system records and snapshots; client appends wait until it is back."""
-        if self._reserved:
+    def release_reserve(self) -> bool:
+        """Gives the reserve to system records and snapshots; client appends wait until it is back.
+
+        False when it had been given away before.
+        """
+        self.mark_full()
+        with self._lock:
+            if not self._reserved:
+                return False
             self._disk.remove(self._layout.reserve)
             self._reserved = False
-        self.mark_full()
+            return True
 
     def mark_full(self) -> None:
         """Client appends are refused from now on."""
@@ -105,14 +111,15 @@ class Space:
 
     def take_reserve(self) -> None:
         """Reserves space for later. Raises OSError."""
-        if self._reserved or not self._config.reserve_bytes:
-            return
-        file = self._disk.open(self._layout.reserve, create=True)
-        try:
-            file.allocate(0, self._config.reserve_bytes)
-        except OSError:
-            self._disk.remove(self._layout.reserve)
-            raise
-        finally:
-            file.close()
-        self._reserved = True
+        with self._lock:
+            if self._reserved or not self._config.reserve_bytes:
+                return
+            file = self._disk.open(self._layout.reserve, create=True)
+            try:
+                file.allocate(0, self._config.reserve_bytes)
+            except OSError:
+                self._disk.remove(self._layout.reserve)
+                raise
+            finally:
+                file.close()
+            self._reserved = True

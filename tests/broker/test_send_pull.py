@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import grpc.aio
 import pytest
@@ -21,6 +22,7 @@ from kitemq.proto.v1.message_pb2 import Message
 from kitemq_server.broker.server import BrokerHandle
 from tests.broker.conftest import Start
 from tests.broker.wire import Client, batch, message, numbered, refused, until
+from tests.crash.crash_disk import CrashDisk
 
 
 @pytest.mark.parametrize("flush_mode", ["ASYNC_FLUSH", "SYNC_FLUSH"])
@@ -200,3 +202,38 @@ async def test_a_large_message_passes(client: Client) -> None:
     assert (await pull.read()).bodies == [body]
     with refused("InvalidMessageError"):
         await client.broker.SendMessage(SendMessageRequest(message=Message(topic="orders", body=body + b"x")))
+
+
+async def test_a_reader_of_a_lost_tail_is_told_where_to_begin_again(tmp_path: Path, start: Start) -> None:
+    """A crash takes messages that were not on disk; what is stored next has their offsets, and must not be skipped."""
+    disk = CrashDisk(tmp_path)
+    async with start(disk=disk) as handle:
+        client = Client(handle.address)
+        send, pull = client.send_stream(), client.pull_stream()
+        await send.send(batch(numbered("orders", 1, 3)))
+        await until(lambda: handle.broker.store.flushed_offset == handle.broker.store.written_offset)
+        # The disk as a power loss leaves it: with what was flushed, and nothing behind.
+        after = disk.copy()
+        await send.send(batch(numbered("orders", 4, 3)))
+        await pull.open("orders")
+        read = 0
+        while read < 6:
+            reply = await pull.read()
+            read += len(reply.messages)
+        await client.close()
+    async with start(disk=after) as handle:
+        client = Client(handle.address)
+        send, pull = client.send_stream(), client.pull_stream()
+        # Nothing new yet: the offset is just not there.
+        await pull.open("orders", queue_offset=6, last_epoch=reply.header.last_epoch)
+        assert (await pull.read()).header.next_offset == 3
+        await send.send(batch(numbered("orders", 1, 5, instance=8)))
+        number = await pull.open("orders", queue_offset=6, last_epoch=reply.header.last_epoch)
+        header = (await pull.read()).header
+        assert (header.number, header.error.name, header.next_offset) == (number, "DivergedError", 3)
+        with refused("DivergedError"):
+            request = PullMessageRequest(topic="orders", queue_offset=6, last_epoch=reply.header.last_epoch)
+            await client.broker.PullMessage(request)
+        await pull.open("orders", queue_offset=3, last_epoch=reply.header.last_epoch)
+        assert (await pull.read()).bodies == [b"1", b"2", b"3", b"4", b"5"]
+        await client.close()

@@ -16,9 +16,6 @@ log = logging.getLogger(__name__)
 
 EXPIRY_MS = 120_000
 SCAN_INTERVAL_MS = 10_000
-# A client whose Notify stream broke has this long for a new stream or a heartbeat. Its TCP connection breaks at once
-# when the process is killed, so its queues move on after 10 s and not after 120.
-LOST_GRACE_MS = 10_000
 
 
 class Client:
@@ -113,12 +110,12 @@ class ClientRegistry:
         log.info("client gone client_id=%s", client_id)
         return self._set_consumers(client, {})
 
-    def connection_lost(self, client_id: str, now_ms: int) -> bool:
-        """The client's Notify stream broke: it expires after the grace unless it is heard of. True if it is known."""
+    def connection_lost(self, client_id: str, *, expires_ms: int) -> bool:
+        """The client's Notify stream broke: it expires then, unless it is heard of. True if it is known."""
         client = self._clients.get(client_id)
         if client is None:
             return False
-        client.expires_ms = min(client.expires_ms, now_ms + LOST_GRACE_MS)
+        client.expires_ms = min(client.expires_ms, expires_ms)
         return True
 
     def connection_back(self, client_id: str, now_ms: int) -> None:

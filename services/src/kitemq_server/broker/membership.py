@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from kitemq.errors import InvalidRequestError, PermissionDeniedError
 from kitemq.proto.v1 import broker_pb2
 from kitemq.protocol.names import check_group, check_topic
-from kitemq_server.broker.clients import LOST_GRACE_MS, SCAN_INTERVAL_MS, ClientRegistry
+from kitemq_server.broker.clients import SCAN_INTERVAL_MS, ClientRegistry
 from kitemq_server.broker.filters import parse_filter
 from kitemq_server.broker.groups import Groups
 from kitemq_server.broker.notify import NotifyHub
@@ -19,6 +19,9 @@ from kitemq_server.common.tasks import running
 
 log = logging.getLogger(__name__)
 
+# A client whose Notify stream broke has this long for a new stream or a heartbeat. Its TCP connection breaks at once
+# when the process is killed, so its queues move on after 10 s and not after 120.
+LOST_GRACE_MS = 10_000
 CLIENTS_MAX = 50_000
 CLIENT_ID_CHARS_MAX = 255
 LABEL_CHARS_MAX = 64
@@ -34,6 +37,7 @@ class Membership:
         self._clock = clock
         self.registry = ClientRegistry(clients_max=CLIENTS_MAX)
         self.hub = NotifyHub(streams_max=CLIENTS_MAX)
+        self.lost_grace_ms = LOST_GRACE_MS
         self._changed_groups: set[str] = set()
 
     @asynccontextmanager
@@ -73,10 +77,13 @@ class Membership:
             async for event in stream.events():
                 yield event
         finally:
-            if self.hub.close(client_id, stream) and self.registry.connection_lost(
-                client_id, self._clock.monotonic_ms()
-            ):
-                asyncio.get_running_loop().call_later(LOST_GRACE_MS / 1000 + 0.01, self.expire)
+            if self.hub.close(client_id, stream):
+                self._connection_lost(client_id)
+
+    def _connection_lost(self, client_id: str) -> None:
+        expires_ms = self._clock.monotonic_ms() + self.lost_grace_ms
+        if self.registry.connection_lost(client_id, expires_ms=expires_ms):
+            asyncio.get_running_loop().call_later(self.lost_grace_ms / 1000 + 0.01, self.expire)
 
     def member_ids(self, group: str) -> list[str]:
         """Client ids of the group's members, sorted. Raises GroupNotFoundError for a group that nobody has named."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from kitemq.errors import InvalidRequestError, MessageNotFoundError
 from kitemq.proto.v1 import admin_pb2
+from kitemq.proto.v1.message_pb2 import Message, Segment
+from kitemq.protocol.record import KIND_MESSAGE
 from kitemq_server.broker.topics import Topics
-from kitemq_server.store.message_store import MessageStore
+from kitemq_server.store.message_store import MessageStore, Record
 
 RESULTS_DEFAULT = 32
 RESULTS_MAX = 64

@@ -277,7 +277,7 @@ async def test_a_full_disk_refuses_and_takes_again(tmp_path: Path, start: Start)
         send = client.send_stream()
         (result,) = await send.send(batch(numbered("orders", 1, 1)))
         assert not result.HasField("error")
-        disk.capacity_bytes = 1
+        disk.capacity_bytes -= disk.free_bytes(tmp_path)
         sequence = 2
         while not result.HasField("error"):
             (result,) = await send.send(batch([message("orders", bytes(1024 * 1024), sequence=sequence)]))

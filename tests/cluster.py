@@ -18,6 +18,7 @@ from kitemq_server.broker.server import run_broker
 from kitemq_server.common.addresses import parse_listeners
 from kitemq_server.namesrv.config import NamesrvConfig
 from kitemq_server.namesrv.server import run_namesrv
+from kitemq_server.store.disk import Disk
 
 
 class Service:
@@ -74,11 +75,14 @@ class Namesrv(Service):
 
 
 class Broker(Service):
-    """`config`: keys of BrokerConfig."""
+    """`config`: keys of BrokerConfig. disk: instead of the real one, also to be changed while it is stopped."""
 
-    def __init__(self, name: str, folder: Path, namesrvs: list[str], **config: Any) -> None:
+    def __init__(
+        self, name: str, folder: Path, namesrvs: list[str], *, disk: Disk | None = None, **config: Any
+    ) -> None:
         super().__init__()
         self.name = name
+        self.disk = disk
         self._config: dict[str, Any] = {
             "broker_name": name,
             "data_dir": folder,
@@ -88,7 +92,7 @@ class Broker(Service):
         } | config
 
     def _run(self) -> AbstractAsyncContextManager[Any]:
-        return run_broker(BrokerConfig(listen=parse_listeners(self.address), **self._config))
+        return run_broker(BrokerConfig(listen=parse_listeners(self.address), **self._config), disk=self.disk)
 
     @property
     def store(self) -> Any:
@@ -136,7 +140,7 @@ class Cluster:
         return self.brokers[0]
 
     async def add_broker(self, name: str, **config: Any) -> Broker:
-        """Start one more. `config`: keys of BrokerConfig."""
+        """Start one more. `config`: as Broker's."""
         broker = Broker(name, self._folder / name, [self.namesrv_address], **config)
         await broker.start()
         self.brokers.append(broker)

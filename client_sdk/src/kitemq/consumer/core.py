@@ -222,10 +222,10 @@ class ConsumerCore:
             await self._acquire(self.assigned)
             return
         share = await self.sharing.decide(self.membership, self.held)
+        if share is None or not share.complete:
+            self._retry_soon()
         if share is None:
             return
-        if not share.complete:
-            self._retry_soon()
         self._release([self.held[queue] for queue in share.give_up if queue in self.held])
         new = share.take - self.held.keys()
         if new and not share.alone:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import grpc.aio
+from google.protobuf.message import DecodeError
 
 from kitemq.consumer.held_queue import Chunk, HeldQueue
 from kitemq.consumer.tasks import BackgroundTasks
@@ -57,7 +58,10 @@ def split_reply(reply: bytes) -> tuple[broker_pb2.PullResponse, int]:
     records_bytes = len(reply) - U32.unpack_from(reply, len(reply) - 4)[0]
     if records_bytes < 0:
         raise ValueError("header_bytes is larger than the reply")
-    header = broker_pb2.PullResponse.FromString(reply[records_bytes:])
+    try:
+        header = broker_pb2.PullResponse.FromString(reply[records_bytes:])
+    except DecodeError:
+        raise ValueError("header_bytes does not point at a header") from None
     if sum(header.sizes) != records_bytes:
         raise ValueError("sizes do not add up to the records")
     return header, records_bytes

@@ -68,7 +68,7 @@ class Sharing:
         self._first_seen[topic] = frozenset()
 
     def start_of(self, queue: MessageQueue) -> Start:
-        """Where to begin in a queue of which nothing is committed. One that was made meanwhile: at its first message."""
+        """Where to begin in a queue with nothing committed. In one that was made meanwhile: at its first message."""
         first_seen = self._first_seen.get(queue.topic)
         fresh = first_seen is not None and queue not in first_seen
         return Position.FIRST if fresh else self._options.from_where

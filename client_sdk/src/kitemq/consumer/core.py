@@ -356,7 +356,12 @@ class ConsumerCore:
         errors: list[KiteMQError] = []
         for offsets, reset in ((forward, False), (anyhow, True)):
             if offsets:
-                saved = await self._save({held.queue: at for held, at in offsets.items()}, durable=durable, reset=reset)
+                saved = await self._save(
+                    {held.queue: offset for held, offset in offsets.items()},
+                    durable=durable,
+                    reset=reset,
+                    last_epochs={held.queue: held.last_epoch for held in offsets},
+                )
                 errors += saved.errors
                 for held, offset in offsets.items():
                     if held.queue in saved.offsets:
@@ -364,8 +369,15 @@ class ConsumerCore:
                         held.rewound = False
         return errors
 
-    async def _save(self, offsets: dict[MessageQueue, int], *, durable: bool, reset: bool = False) -> Saved:
-        saved = await self.store.save(offsets, durable=durable, reset=reset)
+    async def _save(
+        self,
+        offsets: dict[MessageQueue, int],
+        *,
+        durable: bool,
+        reset: bool = False,
+        last_epochs: dict[MessageQueue, int] | None = None,
+    ) -> Saved:
+        saved = await self.store.save(offsets, durable=durable, reset=reset, last_epochs=last_epochs)
         for error in saved.errors:
             logger.warning("consumer: commit failed, will be repeated group=%s error=%s", self._options.group, error)
         return saved

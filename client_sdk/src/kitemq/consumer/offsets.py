@@ -38,8 +38,18 @@ class OffsetStore(Protocol):
     async def load(self, queues: Sequence[MessageQueue]) -> dict[MessageQueue, int | None]:
         """What is committed; None = nothing. A queue whose broker does not answer is missing from the result."""
 
-    async def save(self, offsets: Mapping[MessageQueue, int], *, durable: bool, reset: bool = False) -> Saved:
-        """Commit. durable: return once it cannot be lost. reset: move backwards too."""
+    async def save(
+        self,
+        offsets: Mapping[MessageQueue, int],
+        *,
+        durable: bool,
+        reset: bool = False,
+        last_epochs: Mapping[MessageQueue, int] | None = None,
+    ) -> Saved:
+        """Commit. durable: return once it cannot be lost. reset: move backwards too.
+
+        last_epochs: epoch of the last record read, where one is known: history that a crash took is not committed.
+        """
 
 
 class Brokers:
@@ -134,17 +144,26 @@ class BrokerOffsets:
         await asyncio.gather(*(ask(name, topic, items) for (name, topic), items in by_topic.items()))
         return found
 
-    async def save(self, offsets: Mapping[MessageQueue, int], *, durable: bool, reset: bool = False) -> Saved:
+    async def save(
+        self,
+        offsets: Mapping[MessageQueue, int],
+        *,
+        durable: bool,
+        reset: bool = False,
+        last_epochs: Mapping[MessageQueue, int] | None = None,
+    ) -> Saved:
         """See OffsetStore."""
         by_broker: dict[str, dict[MessageQueue, int]] = {}
         for queue, offset in offsets.items():
             by_broker.setdefault(queue.broker_name, {})[queue] = offset
         saved = Saved()
+        epochs = last_epochs or {}
 
         async def commit(broker_name: str, offsets: dict[MessageQueue, int]) -> None:
             request = broker_pb2.CommitOffsetsRequest(
                 client_id=self._client_id,
                 durable=durable,
+                last_epochs=[epochs.get(queue, 0) for queue in offsets],
                 offsets=[
                     message_pb2.GroupOffset(
                         group=self._group,
@@ -186,7 +205,14 @@ class LocalOffsets:
             offsets = self._offsets = {} if self._path is None else await asyncio.to_thread(_read, self._path)
         return {queue: offsets.get(queue) for queue in queues}
 
-    async def save(self, offsets: Mapping[MessageQueue, int], *, durable: bool, reset: bool = False) -> Saved:
+    async def save(
+        self,
+        offsets: Mapping[MessageQueue, int],
+        *,
+        durable: bool,
+        reset: bool = False,
+        last_epochs: Mapping[MessageQueue, int] | None = None,
+    ) -> Saved:
         """See OffsetStore."""
         async with self._saving:
             kept = self._offsets = {**(self._offsets or {}), **offsets}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from itertools import repeat
 
 from kitemq.errors import (
     InvalidRequestError,
@@ -14,6 +15,7 @@ from kitemq.proto.v1 import admin_pb2, broker_pb2
 from kitemq.proto.v1.message_pb2 import GroupOffset, TopicConfig
 from kitemq_server.broker.groups import Groups
 from kitemq_server.broker.membership import Membership, check_client_id
+from kitemq_server.broker.pull import diverged_at, diverged_error
 from kitemq_server.broker.topics import Topics
 from kitemq_server.store.consume_queue import ConsumeQueue
 from kitemq_server.store.message_store import MessageStore
@@ -44,8 +46,10 @@ class Offsets:
             raise InvalidRequestError(
                 f"commit has {len(request.offsets)} offsets: at most {OFFSETS_PER_COMMIT_MAX} in one request"
             )
-        for offset in request.offsets:
-            self._check(offset)
+        if request.last_epochs and len(request.last_epochs) != len(request.offsets):
+            raise InvalidRequestError("last_epochs names one epoch for each offset, or none at all")
+        for offset, last_epoch in zip(request.offsets, request.last_epochs or repeat(0), strict=False):
+            self._check(offset, last_epoch)
         for group in {offset.group for offset in request.offsets}:
             self._groups.ensure(group)
         end = self._store.commit_offsets(request.offsets, durable=request.durable)
@@ -116,10 +120,13 @@ class Offsets:
             self._membership.tell_offsets_reset(request.group)
         return admin_pb2.ResetOffsetsResponse(moves=moves)
 
-    def _check(self, offset: GroupOffset) -> None:
+    def _check(self, offset: GroupOffset, last_epoch: int) -> None:
         config = self._topics.get(offset.topic)
         self._topics.check_queue(config, offset.queue_id)
-        max_offset = self.queue(offset.topic, offset.queue_id).max_offset
+        queue = self.queue(offset.topic, offset.queue_id)
+        if (diverged := diverged_at(self._store, queue, offset.queue_offset, last_epoch)) is not None:
+            raise diverged_error(diverged)
+        max_offset = queue.max_offset
         if offset.queue_offset > max_offset:
             raise InvalidRequestError(
                 f"group {offset.group!r} commits offset {offset.queue_offset} in queue {offset.queue_id}, "

@@ -67,18 +67,6 @@ class Pulls:
                 f"the broker has {self._live.held_pull_count_max} open pulls: try another broker", retry_after_ms=5000
             )
 
-    def diverged_at(self, queue: ConsumeQueue, queue_offset: int, last_epoch: int) -> int | None:
-        """Where a reader that saw `last_epoch` below `queue_offset` must begin again; None = nothing has changed.
-
-        A crash may cut off messages that were not on disk yet; what is stored next takes their offsets, in a new epoch.
-        """
-        if last_epoch:
-            for start in self.store.epochs:
-                if start.epoch > last_epoch:
-                    first = queue.first_at_or_after(start.first_physical_offset)
-                    return first if first < queue_offset else None
-        return None
-
     async def pull_message(self, request: broker_pb2.PullMessageRequest) -> bytes:
         """One long poll; a serialized PullMessageResponse whose records are the log's bytes."""
         tags = parse_filter(request.filter)
@@ -86,7 +74,7 @@ class Pulls:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + min(request.suspend_ms, SUSPEND_MS_MAX) / 1000
         offset = request.queue_offset
-        if (diverged := self.diverged_at(queue, offset, request.last_epoch)) is not None:
+        if (diverged := diverged_at(self.store, queue, offset, request.last_epoch)) is not None:
             raise diverged_error(diverged)
         while True:
             if offset != queue.max_offset:
@@ -147,6 +135,19 @@ class _UnaryWaiter:
 
     def wake(self) -> None:
         self.woken.set()
+
+
+def diverged_at(store: MessageStore, queue: ConsumeQueue, queue_offset: int, last_epoch: int) -> int | None:
+    """Where a reader that saw `last_epoch` below `queue_offset` must begin again; None = nothing has changed.
+
+    A crash may cut off messages that were not on disk yet; what is stored next takes their offsets, in a new epoch.
+    """
+    if last_epoch:
+        for start in store.epochs:
+            if start.epoch > last_epoch:
+                first = queue.first_at_or_after(start.first_physical_offset)
+                return first if first < queue_offset else None
+    return None
 
 
 def diverged_error(queue_offset: int) -> DivergedError:

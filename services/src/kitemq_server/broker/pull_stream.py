@@ -13,7 +13,14 @@ from kitemq.proto.v1.broker_pb2 import NO_MATCHED_MSG, NO_NEW_MSG, OFFSET_ILLEGA
 from kitemq.protocol.record import U32, length_delimited
 from kitemq_server.broker.filters import parse_filter
 from kitemq_server.broker.metrics import GroupCounts
-from kitemq_server.broker.pull import REPLY_BYTES_MAX, REPLY_MESSAGES_MAX, SUSPEND_MS_MAX, Pulls, diverged_error
+from kitemq_server.broker.pull import (
+    REPLY_BYTES_MAX,
+    REPLY_MESSAGES_MAX,
+    SUSPEND_MS_MAX,
+    Pulls,
+    diverged_at,
+    diverged_error,
+)
 from kitemq_server.broker.streams import DuplexStream, RawContext, StreamLimits
 from kitemq_server.store.consume_queue import ConsumeQueue
 from kitemq_server.store.message_store import ReadResult, ReadStatus
@@ -208,7 +215,7 @@ class PullStream(DuplexStream):
             )
         pulls.check_room()
         subscription = PullSubscription(self, request, queue, tags, pulls.counts.out(request.topic, request.group))
-        if (diverged := pulls.diverged_at(queue, request.queue_offset, request.last_epoch)) is not None:
+        if (diverged := diverged_at(self._store, queue, request.queue_offset, request.last_epoch)) is not None:
             subscription.offset = diverged
             subscription.diverged = True
         self._subscriptions[request.number] = subscription

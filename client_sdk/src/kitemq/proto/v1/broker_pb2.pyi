@@ -850,20 +850,28 @@ class CommitOffsetsRequest(_message.Message):
     CLIENT_ID_FIELD_NUMBER: _builtins.int
     OFFSETS_FIELD_NUMBER: _builtins.int
     DURABLE_FIELD_NUMBER: _builtins.int
+    LAST_EPOCHS_FIELD_NUMBER: _builtins.int
     client_id: _builtins.str
     durable: _builtins.bool
     @_builtins.property
     def offsets(self) -> _containers.RepeatedCompositeFieldContainer[_message_pb2.GroupOffset]: ...
+    @_builtins.property
+    def last_epochs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Empty, or for each offset the epoch of the last record read from its queue (0 = unknown). Where that history was cut
+        below the offset: DivergedError, and nothing is committed.
+        """
+
     def __init__(
         self,
         *,
         client_id: _builtins.str = ...,
         offsets: _abc.Iterable[_message_pb2.GroupOffset] | None = ...,
         durable: _builtins.bool = ...,
+        last_epochs: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "durable", b"durable", "offsets", b"offsets"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "durable", b"durable", "last_epochs", b"last_epochs", "offsets", b"offsets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

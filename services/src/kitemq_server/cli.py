@@ -133,7 +133,9 @@ def health(
 
 @store_app.command(epilog="\b\nExample:\n  kitemq-server store dump kitemq-data/broker | head")
 def dump(
-    path: Annotated[Path, typer.Argument(metavar="FILE|DIR", help="A segment, or a broker's data folder.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="FILE|DIR", exists=True, help="A segment, or a broker's data folder.")
+    ],
 ) -> None:
     """Print every record of a log, one JSON object a line, damage included; the broker need not run."""
     from kitemq_server.store.dump import dump_segment

@@ -173,3 +173,11 @@ def strip_to_log(disk: CrashDisk, root: Path, *, keep_snapshots: bool) -> CrashD
     if not keep_snapshots:
         bare.erase(layout.snapshot)
     return bare
+
+
+def difference(live: Any, built: Any) -> str:
+    """Where two values of a dump differ."""
+    if isinstance(live, dict):
+        differing = {key: (live.get(key), built.get(key)) for key in live.keys() | built.keys()}
+        return ", ".join(f"{key} is {a}, rebuilt: {b}" for key, (a, b) in differing.items() if a != b)
+    return f"{live}, rebuilt: {built}"

@@ -27,9 +27,10 @@ class Change(NamedTuple):
 
 
 class Item(NamedTuple):
-    """One record of the log that a client caused. end_offset: of its append: confirmed when this is."""
+    """One record of the log that a client caused, and the physical offsets between which its append put it."""
 
     what: StoredMessage | Change
+    start_offset: int
     end_offset: int
 
 
@@ -99,7 +100,7 @@ class Model:
         self.stored: dict[tuple[QueueName, tuple[int, int] | str], int] = {}
         self.offsets: dict[OffsetKey, list[Move]] = {}
 
-    def add(self, what: StoredMessage | Change, end_offset: int) -> int:
+    def add(self, what: StoredMessage | Change, start_offset: int, end_offset: int) -> int:
         """Appends; returns the queue offset of a message."""
         queue_offset = 0
         if isinstance(what, StoredMessage):
@@ -107,13 +108,13 @@ class Model:
             self.stored[what.queue, what.identity] = queue_offset
         elif what.change.WhichOneof("change") == "topic_deleted":
             self._forget_topic(what.change.topic_deleted)
-        self.items.append(Item(what, end_offset))
+        self.items.append(Item(what, start_offset, end_offset))
         self.now.apply(what)
         return queue_offset
 
-    def change(self, change: message_pb2.SystemRecord, end_offset: int) -> None:
+    def change(self, change: message_pb2.SystemRecord, start_offset: int, end_offset: int) -> None:
         """A change of the tables has been appended, with all that follows from it."""
-        self.add(Change(change), end_offset)
+        self.add(Change(change), start_offset, end_offset)
         match change.WhichOneof("change"):
             case "topic_deleted":
                 self.forget_offsets(topic=change.topic_deleted)
@@ -124,22 +125,16 @@ class Model:
         """Where the message is stored; None when it is not."""
         return self.stored.get((queue, identity))
 
-    def confirmed_count(self, confirm_offset: int) -> int:
-        """How many items lie below."""
-        count = 0
-        for index, item in enumerate(self.items, 1):
-            if item.end_offset <= confirm_offset:
-                count = index
-        return count
-
-    def find_prefix(self, seen: Outline, at_least: int) -> int | None:
-        """The number of items, at least that many, after which a store looks as seen: the most of several."""
+    def find_prefix(self, seen: Outline, log_end: int) -> int | None:
+        """How many items a store has whose log ends there, and which looks as seen; None when no number fits."""
         picture = Picture()
         found = None
-        for count in range(len(self.items) + 1):
+        surely = sum(item.end_offset <= log_end for item in self.items)
+        possibly = sum(item.start_offset < log_end for item in self.items)
+        for count in range(possibly + 1):
             if count:
                 picture.apply(self.items[count - 1].what)
-            if count >= at_least and picture.outline() == seen:
+            if count >= surely and picture.outline() == seen:
                 found = count
         return found
 
@@ -151,7 +146,7 @@ class Model:
         self.now = Picture()
         self.stored = {}
         for item in kept:
-            self.add(item.what, item.end_offset)
+            self.add(*item)
         return lost
 
     def _forget_topic(self, topic: str) -> None:

@@ -294,7 +294,8 @@ class KeyIndex:
             length, highest = _RUN_VALUE.unpack(value)
             if counter <= highest:
                 start = _OFFSET.unpack(key[-8:])[0]
-                for record in read_range(self._reader, start, start + length):
+                kept = max(start, self._reader.log.start_offset)  # the run's first messages may have been deleted
+                for record in read_range(self._reader, kept, start + length):
                     if record.kind == KIND_MESSAGE and _has_id(record, message_id):
                         return record
         return None

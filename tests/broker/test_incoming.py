@@ -8,11 +8,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import kitemq.message
+from kitemq.compression import Compression
 from kitemq.errors import InvalidMessageError
+from kitemq.producer.encoding import MessageEncoder
 from kitemq.proto.v1.broker_pb2 import QueueBatch
 from kitemq.proto.v1.message_pb2 import EpochStarted, Message, Origin, Segment, SystemRecord
-from kitemq.protocol.record import frame_header, tags_code
-from kitemq_server.broker.incoming import parse_batch
+from kitemq.protocol.record import (
+    BORN,
+    BORN_KEY,
+    IDENTITY,
+    INSTANCE_KEY,
+    SEQUENCE_KEY,
+    frame_header,
+    length_delimited,
+    tags_code,
+)
+from kitemq_server.broker.incoming import check_messages, parse_batch, parse_messages, split_frames
+from kitemq_server.broker.plain_batch import plain_ids
 from kitemq_server.store.batch import ClientBatch
 from tests.broker.wire import batch, message, numbered
 
@@ -134,6 +147,73 @@ def test_any_bytes_are_taken_whole_or_refused(records: bytes, sizes: list[int]) 
     except InvalidMessageError:
         return
     assert b"".join(frame_header(len(part)) + bytes(part) for part in checked.parts) == records
+
+
+def sdk_part(
+    sequence: int, body: bytes, *, topic: str = "orders", group: str = "tests", attributes: bytes = b""
+) -> bytes:
+    """As the SDK writes a message."""
+    return b"".join(
+        (
+            length_delimited(0x0A, topic.encode()),
+            length_delimited(0x5A, group.encode()),
+            length_delimited(0x12, body),
+            attributes,
+            length_delimited(0x32, f"{7:016x}{sequence:016x}".encode()),
+            BORN.pack(BORN_KEY, 1_700_000_000_000),
+            IDENTITY.pack(INSTANCE_KEY, 7, SEQUENCE_KEY, sequence),
+        )
+    )
+
+
+def the_long_way(wanted: QueueBatch, *, body_bytes_max: int = BODY_MAX) -> list[str] | None:
+    """The ids, found by looking at every field; None = refused."""
+    try:
+        parts = split_frames(wanted.records, wanted.sizes)
+        messages = parse_messages(wanted.records, len(parts))
+        return check_messages(messages, wanted.topic, body_bytes_max=body_bytes_max)
+    except InvalidMessageError:
+        return None
+
+
+def test_the_shortcut_takes_what_the_sdk_sends() -> None:
+    bodies = [b"x" * size for size in (1, 127, 128, 16_383, 16_384, 1, 2_097_152)]
+    parts = [sdk_part(sequence, body) for sequence, body in enumerate(bodies, 1)]
+    arguments: dict[str, Any] = {"topic": "orders", "producer_group": "tests", "instance": 7, "first_sequence": 1}
+    ids = [f"{7:016x}{sequence:016x}" for sequence in range(1, len(bodies) + 1)]
+    assert plain_ids(parts, **arguments, body_bytes_max=BODY_MAX) == ids
+    assert plain_ids(parts, **arguments, body_bytes_max=2_097_151) is None
+    encoder = MessageEncoder(group="tests", compression=Compression.NONE, compress_from_bytes=0)
+    made, message_id = encoder.encode(kitemq.message.Message("orders", b"body"), "")
+    made += IDENTITY.pack(INSTANCE_KEY, encoder.instance, SEQUENCE_KEY, 5)
+    arguments |= {"instance": encoder.instance, "first_sequence": 5}
+    assert plain_ids([made], **arguments, body_bytes_max=BODY_MAX) == [message_id]
+
+
+@settings(max_examples=1000)
+@given(st.data())
+def test_the_shortcut_decides_as_the_long_way_does(data: st.DataObject) -> None:
+    attributes = st.sampled_from(
+        [b"", b"", length_delimited(0x1A, b"tag"), length_delimited(0x22, b""), b"\x80\x01\x00"]
+    )
+    parts = [
+        bytearray(sdk_part(sequence, data.draw(st.binary(min_size=0, max_size=3)), attributes=data.draw(attributes)))
+        for sequence in range(1, data.draw(st.integers(2, 4)))
+    ]
+    for part in parts[data.draw(st.integers(0, 1)) :]:
+        if data.draw(st.booleans()):
+            part[data.draw(st.integers(0, len(part) - 1))] = data.draw(st.integers(0, 255))
+        if data.draw(st.booleans()):
+            at = data.draw(st.integers(0, len(part)))
+            part[at : at + data.draw(st.integers(0, 2))] = data.draw(st.binary(max_size=2))
+    wanted = raw_batch(*map(bytes, parts))
+    body_bytes_max = data.draw(st.integers(1, 3))
+    expected = the_long_way(wanted, body_bytes_max=body_bytes_max)
+    try:
+        got = list(parsed(wanted, body_bytes_max=body_bytes_max).message_ids)
+    except InvalidMessageError:
+        got = None
+    assert got == expected
 
 
 @settings(max_examples=300)

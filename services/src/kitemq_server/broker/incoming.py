@@ -22,6 +22,7 @@ from kitemq.protocol.names import (
     check_group,
 )
 from kitemq.protocol.record import FRAME_BYTES, TRAILER_BYTES, frame_header, frame_length, tags_code
+from kitemq_server.broker.plain_batch import plain_ids
 from kitemq_server.store.batch import ClientBatch
 
 PART_BYTES_MAX = RECORD_BYTES_MAX - TRAILER_BYTES
@@ -40,16 +41,31 @@ def parse_batch(batch: broker_pb2.QueueBatch, *, body_bytes_max: int) -> ClientB
     topic = batch.topic
     records = batch.records
     parts = split_frames(records, batch.sizes)
-    messages = parse_messages(records, len(parts))
-    ids = check_messages(messages, topic, body_bytes_max=body_bytes_max)
-    keys = [tuple(message.keys) for message in messages]
-    first = messages[0]
+    first = _parse_first(parts[0])
     instance = first.producer_instance
+    tags_codes: Sequence[int] = (0,) * len(parts)
+    keys: Sequence[Sequence[str]] = ()
+    ids = None
+    if instance and first.sequence and first.topic == topic:
+        _check_producer_group(first.producer_group, topic)
+        ids = plain_ids(
+            parts,
+            topic=topic,
+            producer_group=first.producer_group,
+            instance=instance,
+            first_sequence=first.sequence,
+            body_bytes_max=body_bytes_max,
+        )
+    if ids is None:
+        messages = parse_messages(records, len(parts))
+        ids = check_messages(messages, topic, body_bytes_max=body_bytes_max)
+        tags_codes = [tags_code(message.tag) for message in messages]
+        keys = [tuple(message.keys) for message in messages]
     return ClientBatch(
         topic=topic,
         queue_id=batch.queue_id,
         parts=parts,
-        tags_codes=[tags_code(message.tag) for message in messages],
+        tags_codes=tags_codes,
         message_ids=ids,
         keys=keys if any(keys) else (),
         producer_instance=instance,
@@ -87,6 +103,13 @@ def parse_messages(records: bytes, count: int) -> list[message_pb2.Message]:
         raise InvalidMessageError(f"message {_first_unparsable(records)} is not a valid Message") from None
     assert len(messages) == count
     return messages
+
+
+def _parse_first(part: bytes) -> message_pb2.Message:
+    try:
+        return message_pb2.Message.FromString(part)
+    except DecodeError:
+        raise InvalidMessageError("message 0 is not a valid Message") from None
 
 
 def _first_unparsable(records: bytes) -> int:

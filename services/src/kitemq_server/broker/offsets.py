@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from itertools import repeat
 
 from kitemq.errors import (
     InvalidRequestError,
@@ -48,7 +47,8 @@ class Offsets:
             )
         if request.last_epochs and len(request.last_epochs) != len(request.offsets):
             raise InvalidRequestError("last_epochs names one epoch for each offset, or none at all")
-        for offset, last_epoch in zip(request.offsets, request.last_epochs or repeat(0), strict=False):
+        last_epochs = request.last_epochs or [0] * len(request.offsets)
+        for offset, last_epoch in zip(request.offsets, last_epochs, strict=True):
             self._check(offset, last_epoch)
         for group in {offset.group for offset in request.offsets}:
             self._groups.ensure(group)

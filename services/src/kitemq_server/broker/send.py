@@ -295,6 +295,7 @@ class SendStream(DuplexStream):
         reply = _Reply(SendResponse())
         if good:
             self._append(good, reply)
+            reply.bytes = len(raw)
         reply.response.results.append(SendResult(number=request.number, batches=results))
         return reply
 
@@ -332,7 +333,6 @@ class SendStream(DuplexStream):
                     )
                 )
         reply.end_offset = receipt.end_offset
-        reply.bytes = sum(len(part) for batch, _ in good for part in batch.parts)
         reply.deadline = self._time() + self._sends.flush_timeout_s
 
     def _refuse(self, place: tuple[str, int], instance: int | None) -> None:

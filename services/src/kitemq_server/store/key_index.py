@@ -208,7 +208,7 @@ class KeyIndex:
             fed = taken[index]
             if bucket_of(fed.timestamp_ms) > bucket:
                 break
-            if fed.start >= self.applied_offset:
+            if fed.end > self.applied_offset:  # again in part is no harm: the entries are the same
                 items += _items_of_append(fed)
             index += 1
         self._write(bucket, items, taken[index - 1].end)

@@ -28,6 +28,9 @@ stubs: $(READY) ## Generate the protobuf stubs
 	$(PROTOC) --python_out=$(OUT) --mypy_out=quiet:$(OUT) $(PROTOS)
 	$(PROTOC) --grpc_python_out=$(OUT) --mypy_grpc_out=quiet:$(OUT) $(SERVICES)
 
+demo: $(READY) ## Real events through a broker that is killed on the way; FILE=access.log for your own
+	$(BIN)/python -m examples.demo $(if $(FILE),--file "$(FILE)")
+
 check: $(READY) ## Format, lint, types, layers, stubs
 	$(BIN)/ruff format --check -q .
 	$(BIN)/ruff check -q .

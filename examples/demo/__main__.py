@@ -29,6 +29,7 @@ from rich.text import Text
 
 from kitemq.admin import AdminClient
 from kitemq.errors import KiteMQError
+from kitemq.protocol.names import BODY_BYTES_MAX
 
 EVENTS = Path(__file__).with_name("events.txt")
 TOPIC = "events"
@@ -37,7 +38,7 @@ QUEUES = 8
 # How long something that should happen may take before the demo gives up.
 PATIENCE_S = 30.0
 # When the third consumer joins and leaves, and when the broker is killed: parts of the sending time.
-JOIN_AT, KILL_AT, LEAVE_AT = 0.2, 0.45, 0.75
+JOIN_AT, KILL_AT, LEAVE_AT = 0.2, 0.4, 0.85
 DOWN_S = 1.0
 
 
@@ -73,9 +74,9 @@ class Demo:
             await self._until(lambda: self._sent_part() >= JOIN_AT, "a fifth is sent")
             await self._join("C")
             await self._shared("consumer C has joined")
-            await self._until(lambda: self._sent_part() >= KILL_AT, "almost half is sent")
+            await self._until(lambda: self._sent_part() >= KILL_AT, "two fifths are sent")
             await self._lose_broker()
-            await self._until(lambda: self._sent_part() >= LEAVE_AT, "three quarters are sent")
+            await self._until(lambda: self._sent_part() >= LEAVE_AT, "most is sent")
             await self._leave("C")
             code = await self.producer.wait()
             if code:
@@ -249,17 +250,42 @@ def show(console: Console, verdict: Verdict, elapsed_s: float) -> None:
     console.print(Text(f"\n{outcome}, in {elapsed_s:.0f} s.", style="bold green" if verdict.good else "bold red"))
 
 
+def count_events(file: Path) -> int:
+    """The number of events. Raises DemoError for a file that cannot be sent."""
+    events = 0
+    for events, event in enumerate(read_events(file), 1):
+        if len(event) > BODY_BYTES_MAX:
+            raise DemoError(f"line {events} of {file} has {len(event)} bytes: a message holds {BODY_BYTES_MAX}")
+    if not events:
+        raise DemoError(f"{file} has no lines: there is nothing to send")
+    return events
+
+
+def cancel_on_signals() -> None:
+    """The first Ctrl-C or SIGTERM cancels this task, which stops every process; more of them do nothing."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+    stopping = False
+
+    def stop() -> None:
+        nonlocal stopping
+        if not stopping:
+            stopping = True
+            task.cancel()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop)
+
+
 async def run(file: Path, seconds: float) -> int:
     """Run the demo; the exit code."""
-    events = sum(1 for _ in read_events(file))
-    if not events:
-        print(f"{file} has no lines: nothing to send", file=sys.stderr)
+    try:
+        events = count_events(file)
+    except DemoError as error:
+        print(error, file=sys.stderr)
         return 2
+    cancel_on_signals()
     folder = Path(tempfile.mkdtemp(prefix="kitemq-demo-"))
-    task = asyncio.current_task()
-    assert task is not None
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     kept = True
     state = State(f"KiteMQ demo: {events:,} events of {file.name}", events)
     try:

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -100,7 +101,7 @@ async def test_example(name: str, cluster: Cluster) -> None:
 
 async def test_over_tls(tmp_path: Path) -> None:
     certificates = make_certificates(tmp_path / "certificates")
-    tls = {"tls_cert_file": certificates.server_cert, "tls_key_file": certificates.server_key}
+    tls: dict[str, Any] = {"tls_cert_file": certificates.server_cert, "tls_key_file": certificates.server_key}
     namesrv = Namesrv(tmp_path / "namesrv", **tls)
     await namesrv.start()
     broker = Broker("broker-a", tmp_path / "broker", [namesrv.address], namesrv_tls_ca_file=certificates.ca, **tls)

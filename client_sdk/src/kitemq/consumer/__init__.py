@@ -3,6 +3,6 @@
 from kitemq.consumer.hooks import ConsumeHook
 from kitemq.consumer.options import MessageModel, Position
 from kitemq.consumer.pull_consumer import PullConsumer
-from kitemq.consumer.push_consumer import PushConsumer
+from kitemq.consumer.push_consumer import Handler, PushConsumer
 
-__all__ = ["ConsumeHook", "MessageModel", "Position", "PullConsumer", "PushConsumer"]
+__all__ = ["ConsumeHook", "Handler", "MessageModel", "Position", "PullConsumer", "PushConsumer"]

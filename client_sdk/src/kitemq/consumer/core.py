@@ -153,11 +153,11 @@ class ConsumerCore:
         self._assigned_filter = filter
         self.rebalance_soon()
 
-    def move(self, held: HeldQueue, queue_offset: int) -> None:
-        """Read on somewhere else: what is cached is forgotten, the next commit may go backwards."""
+    def move(self, held: HeldQueue, queue_offset: int, *, rewound: bool = True) -> None:
+        """Read on somewhere else: what is cached is forgotten. rewound: the next commit may go backwards."""
         self._forget(held)
         moved = HeldQueue(held.queue, filter=held.filter, offset=queue_offset, committed=held.committed)
-        moved.rewound = True
+        moved.rewound = rewound
         moved.paused = held.paused
         self._hold(moved)
 

@@ -260,14 +260,36 @@ class PullConsumer(ConsumerClient):
         Without offsets: everything handed out so far, the present message included. With: these, each the queue offset
         to go on at; offsets only move forward, except after a `seek`. Raises the first error; the rest is committed.
         """
-        core = self._core
         if offsets is None:
-            self._all_done()
-            errors = await core.commit(list(core.held.values()), durable=True)
-        else:
-            errors = (await core.store.save(offsets, durable=True)).errors
+            await self.commit_all_but(())
+            return
+        errors = (await self._core.store.save(offsets, durable=True)).errors
         if errors:
             raise errors[0]
+
+    async def commit_all_but(self, untouched: Sequence[ReceivedMessage]) -> None:
+        """As `commit`, for who takes messages on behalf of others: these were handed out, and nobody has seen them."""
+        core = self._core
+        self._set_aside(untouched)
+        errors = await core.commit(list(core.held.values()), durable=True)
+        if errors:
+            raise errors[0]
+
+    def give_back(self, untouched: Sequence[ReceivedMessage], current: ReceivedMessage | None) -> None:
+        """As for `commit_all_but`: hand these out again. current: somebody is at it; what came before is done."""
+        self._set_aside(untouched)
+        returned, self._polled = self._polled, {}
+        for held, offset in returned.items():
+            self._core.move(held, offset, rewound=held.rewound)
+        if current is not None and current.queue in self._core.held:
+            self._polled[self._core.held[current.queue]] = current.queue_offset
+
+    def _set_aside(self, untouched: Sequence[ReceivedMessage]) -> None:
+        self._all_done()
+        for message in reversed(untouched):
+            held = self._core.held.get(message.queue)
+            if held is not None:
+                self._polled[held] = message.queue_offset
 
     async def committed(self, queue: MessageQueue) -> int | None:
         """What the group has committed in this queue: the queue offset to go on at; None = nothing yet."""

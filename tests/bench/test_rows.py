@@ -66,6 +66,7 @@ def test_a_row_as_json() -> None:
         [5_000.0],
         costs=[Cost("broker", 5.0, 1.2e9, 50_000_000)],
         notes={"extra": 1.0},
+        other_cores=0.25,
     )
     value = json.loads(json.dumps(row.to_json(), allow_nan=False))
     assert value == {
@@ -89,6 +90,7 @@ def test_a_row_as_json() -> None:
             }
         ],
         "notes": {"extra": 1.0},
+        "other_cores": 0.25,
     }
 
 

@@ -50,12 +50,12 @@ def backlog(harness: Harness) -> list[Row]:
             starts.append(grown.start_broker())
     behind = f"{growth.backlog_messages:,} messages behind, {growth.topics * growth.queues_per_topic:,} queues"
     return [
-        Row(f"{behind}: send()", "messages/s", sent.per_s("grown"), costs=sent.costs("grown"), **_as_empty(sent)),
+        Row(f"{behind}: send()", "messages/s", sent.per_s("grown"), **sent.spent("grown"), **_as_empty(sent)),
         Row(
             f"{behind}: PullConsumer drains",
             "messages/s",
             drained.per_s("grown"),
-            costs=drained.costs("grown"),
+            **drained.spent("grown"),
             **_as_empty(drained),
         ),
         Row(f"{behind}: broker's memory", "MB", [memory_mb], Bar("< 400 MB", 400.0, at_least=False)),

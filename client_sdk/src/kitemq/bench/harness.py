@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -54,7 +55,10 @@ class Settings:
 
 @dataclass(slots=True)
 class Sample:
-    """One round of one case. usage: what each process spent in it, memory: at its end."""
+    """One round of one case.
+
+    usage: what each process spent in it, memory: at its end. other_cores: how many cores were busy with something else.
+    """
 
     messages: int
     seconds: float
@@ -62,6 +66,7 @@ class Sample:
     usage: dict[str, procfs.Usage] = field(default_factory=dict)
     memory_bytes: dict[str, int] = field(default_factory=dict)
     reply: dict[str, Any] = field(default_factory=dict)
+    other_cores: float = 0.0
 
     @property
     def per_s(self) -> float:
@@ -87,8 +92,8 @@ class Measured:
     def percentile_ms(self, variant: str, percent: float) -> list[float]:
         return [sample.percentile_ms(percent) for sample in self.samples[variant]]
 
-    def costs(self, variant: str) -> list[Cost]:
-        """Per process: medians over the rounds, memory of the last."""
+    def spent(self, variant: str) -> dict[str, Any]:
+        """Costs of a row, medians over the rounds with the memory of the last, and how busy the machine was besides."""
         samples = self.samples[variant]
         costs = []
         for name in samples[0].usage:
@@ -96,7 +101,7 @@ class Measured:
             cpu = median(s.usage[name].cpu_s * each for s, each in zip(samples, per_million, strict=True))
             written = median(s.usage[name].written_bytes * each for s, each in zip(samples, per_million, strict=True))
             costs.append(Cost(name, cpu, written, samples[-1].memory_bytes[name]))
-        return costs
+        return {"costs": costs, "other_cores": max(sample.other_cores for sample in samples)}
 
 
 class Harness:
@@ -158,10 +163,14 @@ class Harness:
         os.sync()
         sample = Sample(0, 0.0, Histogram())
         before = {name: procfs.usage(pid) for name, pid in pids.items()}
+        began, busy = time.perf_counter(), procfs.machine_busy_s()
         yield sample
+        busy, seconds = procfs.machine_busy_s() - busy, time.perf_counter() - began
         for name, pid in pids.items():
             sample.usage[name] = procfs.usage(pid).since(before[name])
             sample.memory_bytes[name] = procfs.memory_bytes(pid)
+        own = sum(usage.cpu_s for usage in sample.usage.values())
+        sample.other_cores = max(0.0, busy - own) / seconds
 
     def _measure_baselines(self, names: Sequence[str], measured: Measured) -> None:
         for name in names:

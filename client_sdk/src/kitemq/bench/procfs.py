@@ -27,6 +27,12 @@ def usage(pid: int) -> Usage:
     return Usage(cpu_s, _field(Path(f"/proc/{pid}/io"), "write_bytes"))
 
 
+def machine_busy_s() -> float:
+    """CPU seconds that all cores together have worked, or had taken away by the host, since the machine began."""
+    user, nice, system, _idle, _iowait, irq, softirq, steal = Path("/proc/stat").read_text().split()[1:9]
+    return sum(map(int, (user, nice, system, irq, softirq, steal))) / _TICKS_PER_S
+
+
 def memory_bytes(pid: int) -> int:
     """RssAnon + RssShmem: resident memory that is not a mapped file. Raises OSError when there is no such process."""
     status = Path(f"/proc/{pid}/status")

@@ -45,7 +45,7 @@ class Row:
     """One figure of one case.
 
     runs: one value a round; the figure is their median, as the baseline is of `baseline_runs`. baseline: its name,
-    empty where the bar is absolute.
+    empty where the bar is absolute. other_cores: how many cores worked for something else in the worst round.
     """
 
     case: str
@@ -56,6 +56,7 @@ class Row:
     baseline_runs: Sequence[float] = ()
     costs: Sequence[Cost] = ()
     notes: Mapping[str, float] = field(default_factory=dict)
+    other_cores: float = 0.0
 
     @property
     def figure(self) -> float:
@@ -94,6 +95,7 @@ class Row:
             "baseline_runs": [_number(run) for run in self.baseline_runs],
             "costs": [cost._asdict() for cost in self.costs],
             "notes": dict(self.notes),
+            "other_cores": self.other_cores,
         }
 
 

@@ -41,7 +41,7 @@ def send(harness: Harness) -> list[Row]:
             name,
             "messages/s",
             measured.per_s("send"),
-            costs=measured.costs("send"),
+            **measured.spent("send"),
             **against(measured, "U", 10, at_least=True),
         ),
         Row(
@@ -75,7 +75,7 @@ def send_sync_flush(harness: Harness) -> list[Row]:
             bar=by_disk if disk_decides else by_flush_mode,
             baseline="F" if disk_decides else "ASYNC_FLUSH",
             baseline_runs=measured.baselines["F"] if disk_decides else measured.per_s("ASYNC_FLUSH"),
-            costs=measured.costs("SYNC_FLUSH"),
+            **measured.spent("SYNC_FLUSH"),
             notes={"async_flush_per_s": asynchronous, "fdatasync_per_s": fsyncs},
         )
     ]
@@ -94,7 +94,7 @@ def send_batch(harness: Harness) -> list[Row]:
             "send_batch 64 x 1 KiB, 4 in flight",
             "MB/s",
             [rate * harness.settings.body_bytes / 1e6 for rate in per_s],
-            costs=measured.costs("batch"),
+            **measured.spent("batch"),
             notes={"messages_per_s": median(per_s)},
             **against(measured, "S", 0.5, at_least=True),
         )
@@ -117,7 +117,7 @@ def send_one(harness: Harness) -> list[Row]:
             "send() 1 in flight, ASYNC_FLUSH: p50",
             "ms",
             measured.percentile_ms("ASYNC_FLUSH", 50),
-            costs=measured.costs("ASYNC_FLUSH"),
+            **measured.spent("ASYNC_FLUSH"),
             **against(measured, "U p50", 0.8, at_least=False),
         ),
         Row(
@@ -127,7 +127,7 @@ def send_one(harness: Harness) -> list[Row]:
             bar=synced,
             baseline="U p50",
             baseline_runs=measured.baselines["U p50"],
-            costs=measured.costs("SYNC_FLUSH"),
+            **measured.spent("SYNC_FLUSH"),
             notes={"fdatasync_p50_ms": measured.baseline("F p50")},
         ),
     ]
@@ -156,7 +156,7 @@ def drain(harness: Harness) -> list[Row]:
             f"PullConsumer drains {count:,} messages",
             "messages/s",
             measured.per_s("pull"),
-            costs=measured.costs("pull"),
+            **measured.spent("pull"),
             notes={"every_body_read_per_s": bodies},
             **against(measured, "U", 60, at_least=True),
         ),
@@ -164,7 +164,7 @@ def drain(harness: Harness) -> list[Row]:
             f"PushConsumer drains {count:,} messages",
             "messages/s",
             measured.per_s("push"),
-            costs=measured.costs("push"),
+            **measured.spent("push"),
             **against(measured, "U", 35, at_least=True),
         ),
     ]
@@ -198,7 +198,7 @@ def latency(harness: Harness) -> list[Row]:
             f"{name}: p50",
             "ms",
             measured.percentile_ms("latency", 50),
-            costs=measured.costs("latency"),
+            **measured.spent("latency"),
             notes=notes,
             **against(measured, "U p50", 2, at_least=False),
         ),
@@ -232,13 +232,13 @@ def sync_producer(harness: Harness) -> list[Row]:
             bar=Bar("≤ 1.5 x async", 1.5 * median(asynchronous), at_least=False),
             baseline="async",
             baseline_runs=asynchronous,
-            costs=measured.costs("1 thread"),
+            **measured.spent("1 thread"),
         ),
         Row(
             "kitemq.sync producer, 16 threads",
             "messages/s",
             measured.per_s("16 threads"),
-            costs=measured.costs("16 threads"),
+            **measured.spent("16 threads"),
             **against(measured, "U", 2.5, at_least=True),
         ),
     ]

@@ -34,6 +34,10 @@ StrictOption = Annotated[bool, typer.Option("--strict", help="Exit with 1 when a
 OnlyOption = Annotated[list[str] | None, typer.Option("--only", metavar="CASE", help="This case; may be repeated.")]
 
 
+# Above this much work of other programs the figures are not the product's.
+OTHER_CORES_MAX = 0.2
+
+
 @app.callback()
 def group() -> None:
     """Load a cluster and see what it does; measure KiteMQ itself."""
@@ -293,6 +297,8 @@ def _show(rows: Sequence[Row]) -> None:
         ),
     )
     for row in rows:
+        if row.other_cores > OTHER_CORES_MAX:
+            note(f"Warning: {row.case}: other programs took {row.other_cores:.1f} cores meanwhile, so this says little")
         if row.notes:
             emit(f"{row.case}: {', '.join(f'{name} {_number(value)}' for name, value in row.notes.items())}")
 

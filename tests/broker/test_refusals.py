@@ -10,6 +10,7 @@ import grpc
 import grpc.aio
 import pytest
 
+from kitemq.errors import BrokerBusyError
 from kitemq.proto.v1.admin_pb2 import SetConfigRequest, SetGroupRequest, SetTopicRequest
 from kitemq.proto.v1.broker_pb2 import (
     BROADCASTING,
@@ -27,7 +28,7 @@ from kitemq.proto.v1.broker_pb2 import (
 )
 from kitemq.proto.v1.message_pb2 import EpochStarted, GroupConfig, GroupOffset, Message, SystemRecord, TopicConfig
 from kitemq_server.broker.server import BrokerHandle
-from kitemq_server.broker.streams import STREAMS_PER_CONNECTION_MAX
+from kitemq_server.broker.streams import StreamLimits
 from tests.broker.conftest import Start
 from tests.broker.wire import HOLD, Client, batch, message, numbered, refused, until
 from tests.crash.crash_disk import CrashDisk
@@ -250,7 +251,7 @@ async def test_replies_that_were_due_come_before_the_error(client: Client) -> No
         await call.read()
 
 
-async def test_streams_and_subscriptions_have_bounds(client: Client, handle: BrokerHandle) -> None:
+async def test_open_pulls_have_a_bound(client: Client, handle: BrokerHandle) -> None:
     await set_topic(client)
     handle.broker.settings.live.held_pull_count_max = 2
     pull = client.pull_stream()
@@ -259,14 +260,27 @@ async def test_streams_and_subscriptions_have_bounds(client: Client, handle: Bro
     await pull.open("orders", 2)
     header = (await pull.read()).header
     assert (header.number, header.error.name, header.error.retry_after_ms > 0) == (3, "BrokerBusyError", True)
-    streams = [client.send_stream() for _ in range(STREAMS_PER_CONNECTION_MAX)]
-    for stream in streams:
-        await stream.call.wait_for_connection()
-    await until(lambda: handle.broker.sends.stream_count == STREAMS_PER_CONNECTION_MAX)
-    with refused("BrokerBusyError"):
-        await client.send_stream().read()
-    for stream in streams:
-        stream.call.cancel()
+
+
+async def test_streams_have_bounds_in_all_and_per_connection(client: Client, handle: BrokerHandle) -> None:
+    limits = StreamLimits("Send", streams_max=3, per_connection_max=2)
+    with limits.open("a"), limits.open("a"), limits.open("b"):
+        assert len(limits) == 3
+        with pytest.raises(BrokerBusyError, match="3 Send streams"), limits.open("c"):
+            pass
+    assert len(limits) == 0
+    with limits.open("a"), limits.open("a"):
+        with pytest.raises(BrokerBusyError, match="this connection has 2"), limits.open("a"):
+            pass
+        with limits.open("b"):
+            pass
+    with limits.open("a"), limits.open("a"):
+        pass
+    # And the broker counts: a stream that ends makes room.
+    stream = client.send_stream()
+    await stream.send(batch(numbered("orders", 1, 1)))
+    assert handle.broker.sends.stream_count == 1
+    stream.call.cancel()
     await until(lambda: handle.broker.sends.stream_count == 0)
 
 

@@ -19,6 +19,7 @@ from kitemq.proto.v1.broker_pb2 import (
     SendMessageRequest,
 )
 from kitemq.proto.v1.message_pb2 import Message
+from kitemq_server.broker.pull import WRITING_BYTES_MAX
 from kitemq_server.broker.server import BrokerHandle, StoreFailedError
 from tests.broker.conftest import Start
 from tests.broker.wire import Client, batch, numbered, until
@@ -142,5 +143,13 @@ async def test_a_client_that_does_not_read_stalls_only_itself(client: Client, ha
         got += len((await pull.read()).messages)
     # What it did not read stays in the log, not in the broker's memory.
     assert handle.broker.counts.messages_out - 8 < 32
+    assert handle.broker.pulls.writing_bytes > 0
+    # The more of it there is, the smaller are replies.
+    handle.broker.pulls.writing_bytes += WRITING_BYTES_MAX
+    await pull.open("orders", 1, credit_messages=8)
+    assert len((await pull.read()).messages) == 1
+    handle.broker.pulls.writing_bytes -= WRITING_BYTES_MAX
+    pull.call.cancel()
     await lazy.close()
-    await until(lambda: len(handle.broker.pull_streams) == 1)
+    await until(lambda: len(handle.broker.pull_streams) == 0)
+    assert handle.broker.pulls.writing_bytes == 0

@@ -16,7 +16,6 @@ from kitemq_server.broker.groups import Groups
 from kitemq_server.broker.membership import Membership, check_client_id
 from kitemq_server.broker.pull import diverged_at, diverged_error
 from kitemq_server.broker.topics import Topics
-from kitemq_server.store.consume_queue import ConsumeQueue
 from kitemq_server.store.message_store import MessageStore
 
 OFFSETS_PER_COMMIT_MAX = 16_384
@@ -81,7 +80,7 @@ class Offsets:
         return response
 
     def queue_offsets(self, topic: str, queue_id: int, timestamp_ms: int | None = None) -> broker_pb2.QueueOffsets:
-        queue = self.queue(topic, queue_id)
+        queue = self._topics.queue(topic, queue_id)
         return broker_pb2.QueueOffsets(
             queue_id=queue_id,
             min_offset=queue.min_offset,
@@ -89,12 +88,6 @@ class Offsets:
             last_store_timestamp_ms=self._store.store_timestamp(queue, queue.max_offset - 1),
             offset_at_timestamp=0 if timestamp_ms is None else self._store.search_timestamp(queue, timestamp_ms),
         )
-
-    def queue(self, topic: str, queue_id: int) -> ConsumeQueue:
-        """A queue that the topic's configuration says is there."""
-        queue = self._store.queue(topic, queue_id)
-        assert queue is not None
-        return queue
 
     async def reset(self, request: admin_pb2.ResetOffsetsRequest) -> admin_pb2.ResetOffsetsResponse:
         """Move the group's offsets in one topic; with dry_run only say what would move."""
@@ -121,9 +114,7 @@ class Offsets:
         return admin_pb2.ResetOffsetsResponse(moves=moves)
 
     def _check(self, offset: GroupOffset, last_epoch: int) -> None:
-        config = self._topics.get(offset.topic)
-        self._topics.check_queue(config, offset.queue_id)
-        queue = self.queue(offset.topic, offset.queue_id)
+        queue = self._topics.queue(offset.topic, offset.queue_id)
         if (diverged := diverged_at(self._store, queue, offset.queue_offset, last_epoch)) is not None:
             raise diverged_error(diverged)
         max_offset = queue.max_offset
@@ -142,7 +133,7 @@ class Offsets:
         return sorted(set(wanted)) if wanted else range(config.read_queue_count)
 
     def _move(self, request: admin_pb2.ResetOffsetsRequest, queue_id: int) -> admin_pb2.OffsetMove:
-        queue = self.queue(request.topic, queue_id)
+        queue = self._topics.queue(request.topic, queue_id)
         match request.WhichOneof("target"):
             case "first":
                 new_offset = queue.min_offset

@@ -19,6 +19,9 @@ from kitemq_server.store.message_store import MessageStore, ReadStatus
 SUSPEND_MS_MAX = 600_000
 REPLY_BYTES_MAX = 8 * 1024 * 1024
 REPLY_MESSAGES_MAX = 16_384
+# Record bytes in replies that are being written. The more there are, because clients do not read, the smaller the next.
+WRITING_BYTES_MAX = 256 * 1024 * 1024
+REPLY_BYTES_MIN = 16 * 1024
 # Of the unary call, as in RocketMQ.
 MESSAGES_DEFAULT = 32
 BYTES_DEFAULT = 256 * 1024
@@ -44,6 +47,7 @@ class Pulls:
         self._live = live
         self._waiters: set[_UnaryWaiter] = set()
         self.subscription_count = 0
+        self.writing_bytes = 0
         self.stopping = False
 
     def stop(self) -> None:
@@ -67,6 +71,10 @@ class Pulls:
                 f"the broker has {self._live.held_pull_count_max} open pulls: try another broker", retry_after_ms=5000
             )
 
+    def reply_bytes(self, wanted: int) -> int:
+        """How many bytes of records the next reply may have, where `wanted` are asked for."""
+        return min(wanted, max(REPLY_BYTES_MIN, (WRITING_BYTES_MAX - self.writing_bytes) // 8))
+
     async def pull_message(self, request: broker_pb2.PullMessageRequest) -> bytes:
         """One long poll; a serialized PullMessageResponse whose records are the log's bytes."""
         tags = parse_filter(request.filter)
@@ -82,7 +90,7 @@ class Pulls:
                     queue,
                     offset,
                     count_max=min(request.max_count or MESSAGES_DEFAULT, REPLY_MESSAGES_MAX),
-                    bytes_max=min(request.max_bytes or BYTES_DEFAULT, REPLY_BYTES_MAX),
+                    bytes_max=self.reply_bytes(min(request.max_bytes or BYTES_DEFAULT, REPLY_BYTES_MAX)),
                     tags=tags,
                 )
                 offset = result.next_offset

@@ -250,7 +250,7 @@ class PullStream(DuplexStream):
                 subscription.ready = False
                 reply = None if subscription.closed else self._serve(subscription)
                 if reply is not None:
-                    await self._context.write(reply)
+                    await self._write_reply(reply)
                     silent = 0
                 else:
                     silent += 1
@@ -261,6 +261,13 @@ class PullStream(DuplexStream):
             else:
                 self._wake.clear()
                 await self._wake.wait()
+
+    async def _write_reply(self, reply: bytes) -> None:
+        self._pulls.writing_bytes += len(reply)
+        try:
+            await self._context.write(reply)
+        finally:
+            self._pulls.writing_bytes -= len(reply)
 
     def _has_more(self) -> bool:
         """A client that has said its last word may still have credit."""
@@ -292,7 +299,7 @@ class PullStream(DuplexStream):
             queue,
             subscription.offset,
             count_max=min(subscription.credit_messages, REPLY_MESSAGES_MAX),
-            bytes_max=min(subscription.credit_bytes, subscription.reply_bytes_max),
+            bytes_max=self._pulls.reply_bytes(min(subscription.credit_bytes, subscription.reply_bytes_max)),
             tags=subscription.tags,
         )
         subscription.offset = result.next_offset

@@ -67,9 +67,7 @@ class Queries:
         )
 
     def _in_queue(self, query: admin_pb2.QueueQuery) -> list[Message]:
-        self._topics.check_queue(self._topics.get(query.topic), query.queue_id)
-        queue = self._store.queue(query.topic, query.queue_id)
-        assert queue is not None
+        queue = self._topics.queue(query.topic, query.queue_id)
         result = self._store.read(queue, query.queue_offset, count_max=1, bytes_max=1)
         if not result.count or result.first_queue_offset != query.queue_offset:
             return []

@@ -11,7 +11,8 @@ import grpc.aio
 
 from kitemq.errors import BrokerBusyError
 
-STREAMS_PER_CONNECTION_MAX = 64
+# The clients of one process share a connection.
+STREAMS_PER_CONNECTION_MAX = 1_024
 
 
 class RawContext(Protocol):
@@ -30,9 +31,10 @@ class RawContext(Protocol):
 class StreamLimits:
     """How many streams of one method are open, in all and per connection."""
 
-    def __init__(self, method: str, *, streams_max: int) -> None:
+    def __init__(self, method: str, *, streams_max: int, per_connection_max: int = STREAMS_PER_CONNECTION_MAX) -> None:
         self._method = method
         self._streams_max = streams_max
+        self._per_connection_max = per_connection_max
         self._count = 0
         self._by_peer: dict[str, int] = {}
 
@@ -47,7 +49,7 @@ class StreamLimits:
                 f"the broker has {self._count} {self._method} streams already: try another broker", retry_after_ms=5000
             )
         by_peer = self._by_peer.get(peer, 0)
-        if by_peer >= STREAMS_PER_CONNECTION_MAX:
+        if by_peer >= self._per_connection_max:
             raise BrokerBusyError(
                 f"this connection has {by_peer} {self._method} streams already: share one", retry_after_ms=5000
             )

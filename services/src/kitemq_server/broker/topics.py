@@ -25,6 +25,7 @@ from kitemq.protocol.names import (
     is_system_topic,
 )
 from kitemq_server.broker.settings import LiveSettings
+from kitemq_server.store.consume_queue import ConsumeQueue
 from kitemq_server.store.message_store import MessageStore
 
 log = logging.getLogger(__name__)
@@ -99,6 +100,13 @@ class Topics:
                 f"there is no queue {queue_id}",
                 topic=config.name,
             )
+
+    def queue(self, topic: str, queue_id: int) -> ConsumeQueue:
+        """A queue of the topic. Raises TopicNotFoundError or InvalidRequestError."""
+        self.check_queue(self.get(topic), queue_id)
+        queue = self._store.queue(topic, queue_id)
+        assert queue is not None
+        return queue
 
     def registered(self) -> list[TopicConfig]:
         """What the namesrvs are told: every topic, without the rights that the whole broker lacks."""

@@ -14,6 +14,7 @@ from kitemq.errors import BrokerBusyError, InternalBrokerError, InvalidRequestEr
 from kitemq_server.common.config import ConfigError
 from kitemq_server.common.tasks import running
 from kitemq_server.namesrv import kv_config
+from kitemq_server.namesrv.files import replace_file
 from kitemq_server.namesrv.kv_config import KeyValues, open_key_values
 
 
@@ -86,7 +87,7 @@ async def test_both_file_and_folder_are_synced(tmp_path: Path, monkeypatch: pyte
         fsync(fd)
 
     monkeypatch.setattr(os, "fsync", note)
-    kv_config.replace_file(tmp_path / "kv.json", b"{}")
+    replace_file(tmp_path / "kv.json", b"{}")
     assert synced == ["kv.tmp", tmp_path.name]
 
 

@@ -24,19 +24,19 @@ class NamesrvConfig(ListeningConfig):
         description="host:port to listen on, or several as name=host:port,name=host:port; a client is told the "
         "brokers' addresses of the listener that it came in by",
     )
-    # Why a file at all: key values and order configurations are the only thing that brokers cannot tell again.
+    # Why files at all: key values, and who was there, are the only things that brokers cannot tell again.
     data_dir: Path = Field(
-        default=Path("kitemq-data/namesrv"), description="folder of the key-value file; made when it is missing"
+        default=Path("kitemq-data/namesrv"), description="folder of its two small files; made when it is missing"
     )
     metrics_listen: MetricsAddress = Field(
         default="0.0.0.0:5559", description="host:port for Prometheus to scrape; empty = off"
     )
-    # Why 120 s: four missed heartbeats of 30 s.
-    broker_expiry_ms: int = Field(
-        default=120_000,
-        ge=1_000,
-        le=3_600_000,
-        description="a broker that names no expiry itself is gone this long after its last heartbeat (ms)",
+    # Why: brokers come back within a second or two, one after the other; half a cluster must not pass for all of it.
+    warm_up_ms: int = Field(
+        default=10_000,
+        ge=0,
+        le=120_000,
+        description="after a restart answer no routes until the brokers known before are back, at most this long (ms)",
     )
     # Why 5 s: how late an expiry may be noticed; a scan costs microseconds.
     expiry_scan_ms: int = Field(

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from kitemq.errors import BrokerBusyError, InternalBrokerError, InvalidRequestError, NotFoundError
 from kitemq_server.common.config import ConfigError
+from kitemq_server.namesrv.files import replace_file
 
 logger = logging.getLogger(__name__)
 
@@ -140,21 +141,6 @@ def _lock(folder: Path) -> int:
         os.close(lock)
         raise ConfigError(f"data_dir: {folder} is in use by another namesrv") from None
     return lock
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Put `data` in the place of the file at `path`: after a crash there is the old content or the new."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _encode(values: Values) -> bytes:

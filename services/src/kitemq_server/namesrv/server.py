@@ -15,6 +15,8 @@ from kitemq_server.common.tasks import running
 from kitemq_server.namesrv.config import NamesrvConfig
 from kitemq_server.namesrv.kv_config import open_key_values
 from kitemq_server.namesrv.metrics import NamesrvCollector
+from kitemq_server.namesrv.roster import FILE_NAME as ROSTER_FILE
+from kitemq_server.namesrv.roster import Roster
 from kitemq_server.namesrv.route_table import RouteTable
 from kitemq_server.namesrv.service import SERVICE_NAME, NamesrvService
 
@@ -41,16 +43,20 @@ async def run_namesrv(config: NamesrvConfig, *, clock: Clock | None = None) -> A
     rpc_metrics = RpcMetrics()
     registry.register(rpc_metrics)
     async with open_key_values(config.data_dir) as key_values:
-        service = NamesrvService(
-            RouteTable(), key_values, clock or SystemClock(), broker_expiry_ms=config.broker_expiry_ms
-        )
+        roster = Roster(config.data_dir / ROSTER_FILE)
+        service = NamesrvService(RouteTable(), key_values, roster, clock or SystemClock())
         registry.register(NamesrvCollector(service))
 
         async def before_stop() -> None:
             service.feed.stop()
 
         async with (
-            running(key_values.write_forever(), _expire_forever(service, config.expiry_scan_ms)),
+            running(
+                key_values.write_forever(),
+                roster.write_forever(),
+                _expire_forever(service, config.expiry_scan_ms),
+                _warm_up(service, config.warm_up_ms),
+            ),
             serve_metrics(config.metrics_listen, registry) as metrics_port,
             serve(
                 {SERVICE_NAME: service.register},
@@ -73,3 +79,8 @@ async def _expire_forever(service: NamesrvService, scan_ms: int) -> None:
         # A process that was stopped for a while has heard nobody; that is not the brokers' silence.
         late_ms = int((loop.time() - before) * 1_000) - scan_ms
         service.expire(asleep_ms=late_ms if late_ms > scan_ms else 0)
+
+
+async def _warm_up(service: NamesrvService, warm_up_ms: int) -> None:
+    await asyncio.sleep(warm_up_ms / 1_000)
+    service.end_warm_up()

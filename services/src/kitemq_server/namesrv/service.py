@@ -9,30 +9,32 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from kitemq.errors import TopicNotFoundError
+from kitemq.errors import BrokerUnavailableError, TopicNotFoundError
 from kitemq.proto.v1 import namesrv_pb2, namesrv_pb2_grpc
 from kitemq.protocol.names import check_topic
 from kitemq_server.common.calls import current_call
 from kitemq_server.common.clock import Clock
 from kitemq_server.namesrv import wire
 from kitemq_server.namesrv.kv_config import ORDER_TOPIC_CONFIG, KeyValues
+from kitemq_server.namesrv.roster import Roster
 from kitemq_server.namesrv.route_table import RouteTable
 from kitemq_server.namesrv.watch import RouteFeed
 
 logger = logging.getLogger(__name__)
 
+WARM_UP_RETRY_MS = 500
 SERVICE_NAME = namesrv_pb2.DESCRIPTOR.services_by_name["Namesrv"].full_name
 
 
 class NamesrvService(namesrv_pb2_grpc.NamesrvServicer):
     """Handlers are plain code between two awaits, so each sees and leaves the table whole."""
 
-    def __init__(self, table: RouteTable, key_values: KeyValues, clock: Clock, *, broker_expiry_ms: int) -> None:
+    def __init__(self, table: RouteTable, key_values: KeyValues, roster: Roster, clock: Clock) -> None:
         self.table = table
-        self.feed = RouteFeed(self._encode)
+        self.feed = RouteFeed(self._encode, held=bool(roster.awaited))
         self._key_values = key_values
+        self._roster = roster
         self._clock = clock
-        self._broker_expiry_ms = broker_expiry_ms
         self._listeners: frozenset[str] = frozenset()
         self.registration_count = 0
         self.expired_count = 0
@@ -61,7 +63,7 @@ class NamesrvService(namesrv_pb2_grpc.NamesrvServicer):
             broker,
             wire.data_version_from_wire(request.data_version),
             topics,
-            expiry_ms=wire.expiry_from_wire(request.expiry_ms, default_ms=self._broker_expiry_ms),
+            expiry_ms=wire.expiry_from_wire(request.expiry_ms),
             now_ms=self._clock.monotonic_ms(),
         )
         self.registration_count += 1
@@ -92,6 +94,7 @@ class NamesrvService(namesrv_pb2_grpc.NamesrvServicer):
         """A clean goodbye."""
         broker = wire.broker_from_wire(request.broker)
         changed = self.table.unregister(broker)
+        self._roster.dismiss(str(broker))
         self._members_changed(changed)
         logger.info("broker unregistered broker=%s changed=%d", broker, len(changed))
         return namesrv_pb2.UnregisterBrokerResponse()
@@ -99,6 +102,12 @@ class NamesrvService(namesrv_pb2_grpc.NamesrvServicer):
     async def GetRoute(self, request: namesrv_pb2.GetRouteRequest, context: Any) -> Any:
         """The serialized TopicRoute."""
         topic = request.topic
+        if self._roster.awaited:
+            raise BrokerUnavailableError(
+                f"this namesrv has just started and waits for {len(self._roster.awaited)} brokers that it knew before",
+                topic=topic,
+                retry_after_ms=WARM_UP_RETRY_MS,
+            )
         if not self.table.has_topic(topic):
             check_topic(topic)
             raise TopicNotFoundError(f"no broker has topic {topic!r}", topic=topic)
@@ -192,9 +201,22 @@ class NamesrvService(namesrv_pb2_grpc.NamesrvServicer):
             order_config=self._key_values.namespace(ORDER_TOPIC_CONFIG).get(topic, ""),
         ).SerializeToString()
 
+    def end_warm_up(self) -> None:
+        """Answer with the brokers that are here; the others have had their time."""
+        if self._roster.awaited:
+            logger.warning("brokers have not come back brokers=%s", ",".join(sorted(self._roster.awaited)))
+            self._roster.give_up(self._registered())
+            self.feed.release()
+
+    def _registered(self) -> frozenset[str]:
+        return frozenset(str(member.broker) for member, _ in self.table.members())
+
     def _members_changed(self, topics: Iterable[str]) -> None:
         self._listeners = frozenset(name for member, _ in self.table.members() for name in member.broker.addresses)
+        self._roster.note(self._registered())
         self.feed.changed(topics)
+        if not self._roster.awaited:
+            self.feed.release()
 
     def _key_value_changed(self, namespace: str, key: str) -> None:
         if namespace == ORDER_TOPIC_CONFIG:

@@ -31,13 +31,15 @@ class RouteFeed:
     """Encoded routes and those who watch them. Belongs to the loop.
 
     encode: the serialized TopicRoute of (topic, listener); one without queues for a topic that no broker has.
+    held: nothing is written to watchers before `release`.
     """
 
-    def __init__(self, encode: Callable[[str, str], bytes]) -> None:
+    def __init__(self, encode: Callable[[str, str], bytes], *, held: bool = False) -> None:
         self._encode = encode
         self._encoded: dict[str, dict[str, bytes]] = {}
         self._watchers: dict[str, set[_Watcher]] = {}
         self._watcher_count = 0
+        self._held = held
         self._stopping = False
 
     @property
@@ -81,7 +83,7 @@ class RouteFeed:
         loop = asyncio.get_running_loop()
         try:
             while not self._stopping:
-                while watcher.changed:
+                while watcher.changed and not self._held:
                     topic = next(iter(watcher.changed))
                     del watcher.changed[topic]
                     await write(self.route(topic, listener()))
@@ -94,9 +96,18 @@ class RouteFeed:
             self._watcher_count -= 1
             self._leave(watcher, topics)
 
+    def release(self) -> None:
+        """Begin to write, if nothing was written yet."""
+        if self._held:
+            self._held = False
+            self._wake_all()
+
     def stop(self) -> None:
         """End every watch."""
         self._stopping = True
+        self._wake_all()
+
+    def _wake_all(self) -> None:
         for watcher in {watcher for watchers in self._watchers.values() for watcher in watchers}:
             watcher.wake()
 

@@ -14,6 +14,7 @@ from kitemq_server.namesrv.route_table import MASTER_ID, Broker, DataVersion, Ro
 
 TOPICS_OF_BROKER_MAX = 100_000
 WATCHED_TOPICS_MAX = 4_096
+EXPIRY_MS_DEFAULT = 120_000
 EXPIRY_MS_MIN = 1_000
 EXPIRY_MS_MAX = 3_600_000
 PERMISSION_MAX = 15
@@ -100,10 +101,10 @@ def topics_from_wire(topics: Iterable[message_pb2.TopicConfig], *, topic_count: 
     return queues
 
 
-def expiry_from_wire(expiry_ms: int, *, default_ms: int) -> int:
+def expiry_from_wire(expiry_ms: int) -> int:
     """Raises InvalidRequestError outside 1 s .. 1 h."""
     if expiry_ms == 0:
-        return default_ms
+        return EXPIRY_MS_DEFAULT
     if not EXPIRY_MS_MIN <= expiry_ms <= EXPIRY_MS_MAX:
         raise InvalidRequestError(f"expiry_ms: {expiry_ms} is not within {EXPIRY_MS_MIN}..{EXPIRY_MS_MAX}")
     return expiry_ms

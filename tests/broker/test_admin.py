@@ -170,13 +170,14 @@ async def test_the_broker_about_itself(client: Client, handle: BrokerHandle) -> 
     assert (broker.writable, broker.not_writable_reason, broker.flush_mode) == (True, "", "ASYNC_FLUSH")
     assert 0 < broker.confirm_offset == broker.written_offset
     assert broker.disk_total_bytes > 0
+    assert 0 < broker.earliest_store_timestamp_ms <= broker.broker_timestamp_ms
     assert broker.queue_count == 4
     await client.admin.SetConfig(admin_pb2.SetConfigRequest(values={"permission": "4"}))
     broker = await client.admin.DescribeBroker(admin_pb2.DescribeBrokerRequest())
     assert (broker.writable, "permission" in broker.not_writable_reason) == (False, True)
 
 
-async def test_configuration_is_shown_without_paths_and_changed_in_part(client: Client, start: Start) -> None:
+async def test_configuration_is_shown_without_paths_and_changed_in_part(client: Client, handle: BrokerHandle) -> None:
     items = {item.key: item for item in (await client.admin.GetConfig(admin_pb2.GetConfigRequest())).items}
     assert items["broker_name"].value == "broker-a"
     assert not items["broker_name"].changeable
@@ -189,6 +190,8 @@ async def test_configuration_is_shown_without_paths_and_changed_in_part(client: 
     assert items["flush_timeout_ms"].value == "700"
     assert items["auto_create_topic_enable"].value == "false"
     assert items["in_flight_bytes_max"].value == str(64 * 1024 * 1024)
+    await client.admin.SetConfig(admin_pb2.SetConfigRequest(values={"retention_hours": "5"}))
+    assert handle.broker.store.config.retention_hours == 5
     for bad in (
         {"flush_timeout_ms": "x"},
         {"flush_timeout_ms": "1", "permission": "4"},

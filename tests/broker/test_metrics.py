@@ -68,6 +68,9 @@ async def test_rocketmqs_names_and_labels(start: Start) -> None:
         assert value("rocketmq_processor_watermark", processor="send") == 0
         assert value("rocketmq_storage_size_bytes", storage_medium="disk") > 2020
         assert value("rocketmq_storage_flush_behind_bytes") >= 0
+        assert value("rocketmq_storage_message_reserve_time_milliseconds") >= 0
+        assert value("kitemq_damaged_records_total") == 0
+        assert value("kitemq_storage_fsync_seconds_count") >= 0
         calls = {"request_code": "Broker/Heartbeat", "response_code": "OK"}
         assert value("rocketmq_rpc_latency_milliseconds_count", **calls) == 1
         await client.close()

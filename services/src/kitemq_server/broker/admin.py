@@ -152,6 +152,7 @@ class BrokerAdminService(admin_pb2_grpc.BrokerAdminServicer):
         """Where it stands."""
         broker, store = self._broker, self._store
         reason = self._not_writable_reason()
+        oldest = store.read_record(store.min_physical_offset)
         return admin_pb2.DescribeBrokerResponse(
             broker=broker.identity,
             version=VERSION,
@@ -172,10 +173,12 @@ class BrokerAdminService(admin_pb2_grpc.BrokerAdminServicer):
             messages_in_total=broker.counts.messages_in,
             messages_out_total=broker.counts.messages_out,
             damaged_record_count=store.damaged_record_count,
+            deleted_unconsumed_count=sum(store.deleted_unconsumed.values()),
             flush_mode=broker.config.flush_mode,
             writable=not reason,
             not_writable_reason=reason,
             store_uuid=store.store_uuid,
+            earliest_store_timestamp_ms=oldest.store_timestamp_ms if oldest else 0,
         )
 
     def _not_writable_reason(self) -> str:

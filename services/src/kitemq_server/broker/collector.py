@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 
 from kitemq.proto.v1.broker_pb2 import ConsumeType
 from kitemq.protocol.names import RETRY_PREFIX
-from kitemq_server.broker.metrics import SIZE_BUCKETS
+from kitemq_server.broker.metrics import SECONDS_BUCKETS, SIZE_BUCKETS
 
 if TYPE_CHECKING:
     from kitemq_server.broker.server import Broker
@@ -138,7 +138,7 @@ class BrokerCollector(Collector):
     def _storage(self) -> list[Metric]:
         store = self._broker.store
         behind = store.written_offset - store.flushed_offset
-        plain = (
+        plain: tuple[tuple[str, str, float], ...] = (
             ("rocketmq_storage_size_bytes", "Bytes of the log.", store.store_bytes),
             ("rocketmq_storage_flush_behind_bytes", "Written, not yet on disk.", behind),
             (
@@ -149,7 +149,22 @@ class BrokerCollector(Collector):
             ("kitemq_storage_disk_free_bytes", "Free on the store's file system.", store.disk_free_bytes),
             ("kitemq_storage_full", "1 = the disk is full and sends are refused.", int(store.full)),
         )
-        return list(self._plain(plain, STORAGE_LABELS, STORAGE))
+        oldest = store.read_record(store.min_physical_offset)
+        if oldest is not None:
+            age_ms = max(0, self._broker.clock.wall_ms() - oldest.store_timestamp_ms)
+            plain += (("rocketmq_storage_message_reserve_time_milliseconds", "Age of the oldest record.", age_ms),)
+        damaged = self._counter("kitemq_damaged_records", "Damaged records found since the start.")
+        damaged.add_metric(self._common, store.damaged_record_count)
+        lost = self._counter(
+            "kitemq_deleted_unconsumed_messages", "Deleted before a group had consumed them.", ("consumer_group",)
+        )
+        for group, count in store.deleted_unconsumed.items():
+            lost.add_metric((*self._common, group), count)
+        fsyncs = self._broker.counts.fsyncs
+        fsync = HistogramMetricFamily("kitemq_storage_fsync_seconds", "Duration of a flush.", labels=COMMON_LABELS)
+        bounds = (*map(str, SECONDS_BUCKETS), "+Inf")
+        fsync.add_metric(self._common, list(zip(bounds, accumulate(fsyncs.counts), strict=True)), fsyncs.sum_s)
+        return [*self._plain(plain, STORAGE_LABELS, STORAGE), damaged, lost, fsync]
 
     def _plain(
         self,

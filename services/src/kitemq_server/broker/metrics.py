@@ -13,6 +13,7 @@ from kitemq_server.store.batch import OffsetRun
 
 # RocketMQ's bounds, in bytes.
 SIZE_BUCKETS = (1024, 4 * 1024, 512 * 1024, 1024 * 1024, 2 * 1024 * 1024, 4 * 1024 * 1024)
+SECONDS_BUCKETS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 
 
 class TopicCounts:
@@ -36,12 +37,28 @@ class GroupCounts:
         self.bytes = 0
 
 
+class Durations:
+    """A histogram of seconds."""
+
+    __slots__ = ("counts", "sum_s")
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(SECONDS_BUCKETS) + 1)
+        self.sum_s = 0.0
+
+    def observe(self, seconds: float) -> None:
+        """One more."""
+        self.counts[bisect_left(SECONDS_BUCKETS, seconds)] += 1
+        self.sum_s += seconds
+
+
 class MessageCounts:
     """Messages in and out. Owned by the loop; read by the scraping thread."""
 
     def __init__(self) -> None:
         self.topics: dict[str, TopicCounts] = {}
         self.groups: dict[tuple[str, str], GroupCounts] = {}
+        self.fsyncs = Durations()
         self.messages_in = 0
         self.messages_out = 0
 

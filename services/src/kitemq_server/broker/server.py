@@ -6,7 +6,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kitemq.proto.v1.namesrv_pb2 import ASYNC_MASTER, BrokerIdentity, DataVersion
 from kitemq.rpc import TlsConfig
@@ -81,6 +81,7 @@ class Broker:
             heartbeat_interval_ms=config.heartbeat_interval_ms,
             expiry_ms=config.heartbeat_expiry_ms,
         )
+        store.fsync_observer = self.counts.fsyncs.observe
         store.confirmed_listener = self.holds.wake
         self.topics.changed = self._topic_changed
         self.topics.deleted = self.counts.forget_topic
@@ -107,6 +108,15 @@ class Broker:
             self._permission_changes += 1
             self.holds.wake_all()
             self.registrar.notify_topics_changed()
+        live = self.settings.live
+        self.store.reconfigure(
+            replace(
+                self.store.config,
+                retention_hours=float(live.retention_hours),
+                retention_bytes=live.retention_bytes,
+                disk_watermark_percent=live.disk_watermark_percent,
+            )
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,9 @@ class LiveSettings:
     flush_timeout_ms: int
     in_flight_bytes_max: int
     held_pull_count_max: int
+    retention_hours: int
+    retention_bytes: int
+    disk_watermark_percent: int
 
 
 class Settings:

@@ -185,7 +185,7 @@ def test_a_taken_port_ends_the_start_with_one_line(tmp_path: Path) -> None:
             result = run(service, "--listen", address, "--metrics-listen", "", cwd=tmp_path)
             assert result.returncode == 1
             assert result.stderr.splitlines()[-1].endswith(
-                f"cannot listen on {address}: the port is taken: stop what uses it, or choose another with --listen"
+                f"cannot listen on {address}: the port is taken: stop what uses it, or choose another"
             )
             assert "Traceback" not in result.stderr
 
@@ -275,3 +275,21 @@ def test_what_standalone_tells_its_parts(tmp_path: Path, monkeypatch: pytest.Mon
     assert broker.data_dir == tmp_path / "broker"
     assert namesrv_config(config, tmp_path).data_dir == tmp_path / "namesrv"
     assert namesrv_config(config, tmp_path).metrics_listen == ""
+
+
+@pytest.mark.processes
+async def test_a_cluster_that_speaks_tls_only(tmp_path: Path) -> None:
+    pem = make_certificates(tmp_path / "pem")
+    server = ("--tls-cert-file", pem.server_cert, "--tls-key-file", pem.server_key, "--tls-client-ca-file", pem.ca)
+    with (
+        started("namesrv", *ANY_PORT, *server, cwd=tmp_path) as (_, namesrv),
+        started("broker", *ANY_PORT, *server, "--namesrv", namesrv, "--namesrv-tls-ca-file", pem.ca, cwd=tmp_path) as (
+            broker,
+            _,
+        ),
+    ):
+        tls = kitemq.TlsConfig(ca_file=str(pem.ca), cert_file=str(pem.client_cert), key_file=str(pem.client_key))
+        async with kitemq.Producer(namesrv, group="shop", tls=tls) as producer:
+            receipt = await producer.send(kitemq.Message("orders", b"secret"))
+            assert receipt.queue_offset == 0
+        assert stopped(broker) == 0

@@ -410,5 +410,22 @@ async def test_a_renewed_certificate_is_used_without_a_restart(tmp_path: Path) -
         assert not await trusted(new_ca)
         install(new, 2)
         assert await trusted(new_ca)
+        shutil.copy(old.server_key, key)
+        assert await trusted(new_ca), "a key that is not the certificate's: the last good pair stays"
         cert.unlink()
-        assert await trusted(new_ca), "the last good one stays"
+        assert await trusted(new_ca)
+
+
+@pytest.mark.parametrize("broken", ["cert", "key", "another key", "ca"])
+async def test_files_that_are_no_certificates_are_refused_at_the_start(tmp_path: Path, broken: str) -> None:
+    pem, other = make_certificates(tmp_path / "pem"), make_certificates(tmp_path / "other")
+    garbage = tmp_path / "garbage.pem"
+    garbage.write_text("-----BEGIN CERTIFICATE-----\nnot one\n")
+    tls = Tls(
+        garbage if broken == "cert" else pem.server_cert,
+        {"key": garbage, "another key": other.server_key}.get(broken, pem.server_key),
+        garbage if broken == "ca" else pem.ca,
+    )
+    with pytest.raises(ServeError, match="must be PEM"):
+        async with serving(Echo(), tls=tls):
+            pass

@@ -81,7 +81,8 @@ class BrokerConfig(ListeningConfig):
         description="every namesrv to register with, as host:port,host:port; empty = none",
     )
     namesrv_tls_ca_file: Path | None = Field(
-        default=None, description="certificate authority (PEM) of namesrvs that speak TLS; empty = plaintext"
+        default=None,
+        description="certificate authority (PEM) of the namesrvs, if they speak TLS",
     )
     # Why 30 s: RocketMQ's; a quarter of the 120 s after which a namesrv gives a broker up.
     heartbeat_interval_ms: int = Field(

@@ -194,8 +194,15 @@ def store_config(config: BrokerConfig) -> StoreConfig:
 
 
 def _namesrv_tls(config: BrokerConfig) -> TlsConfig | None:
-    ca_file = config.namesrv_tls_ca_file
-    return None if ca_file is None else TlsConfig(ca_file=str(ca_file))
+    """To a namesrv that asks for a certificate the broker shows its own."""
+    if config.namesrv_tls_ca_file is None:
+        return None
+    cert_file, key_file = config.tls_cert_file, config.tls_key_file
+    return TlsConfig(
+        ca_file=str(config.namesrv_tls_ca_file),
+        cert_file=str(cert_file) if cert_file else None,
+        key_file=str(key_file) if key_file else None,
+    )
 
 
 async def _until_failed(store: MessageStore) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import logging
 import socket
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -232,7 +233,7 @@ def _check_bindable(listener: Listener) -> None:
         raise ServeError(f"cannot listen on {address}: {listener.host} is not an address of this machine") from None
     except OSError as error:
         reasons = {
-            errno.EADDRINUSE: "the port is taken: stop what uses it, or choose another with --listen",
+            errno.EADDRINUSE: "the port is taken: stop what uses it, or choose another",
             errno.EADDRNOTAVAIL: f"{listener.host} is not an address of this machine",
             errno.EACCES: "ports below 1024 need a privilege that this user does not have",
         }
@@ -247,12 +248,6 @@ def _credentials(tls: Tls) -> grpc.ServerCredentials:
     def changed() -> tuple[int, ...]:
         return tuple(path.stat().st_mtime_ns for path in files)
 
-    def read() -> grpc.ServerCertificateConfiguration:
-        return grpc.ssl_server_certificate_configuration(
-            [(tls.key_file.read_bytes(), tls.cert_file.read_bytes())],
-            root_certificates=tls.client_ca_file.read_bytes() if tls.client_ca_file else None,
-        )
-
     seen = changed()
 
     def fetch() -> Any:
@@ -260,13 +255,33 @@ def _credentials(tls: Tls) -> grpc.ServerCredentials:
         try:
             if (now := changed()) == seen:
                 return None
-            seen = now
-            logger.info("certificate read again file=%s", tls.cert_file)
-            return read()
-        except OSError as error:
-            logger.error("certificate cannot be read, the old one stays error=%s", error)
+            read = _read_certificates(tls)
+        except (OSError, ServeError) as error:
+            logger.error("certificate cannot be used, the old one stays error=%s", error)
             return None
+        seen = now
+        logger.info("certificate read again file=%s", tls.cert_file)
+        return read
 
     return grpc.dynamic_ssl_server_credentials(
-        read(), fetch, require_client_authentication=tls.client_ca_file is not None
+        _read_certificates(tls), fetch, require_client_authentication=tls.client_ca_file is not None
+    )
+
+
+def _read_certificates(tls: Tls) -> grpc.ServerCertificateConfiguration:
+    """Raises ServeError for what is not a certificate with its key: gRPC would take it, and fail at every handshake."""
+    check = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        check.load_cert_chain(tls.cert_file, tls.key_file, password="")
+        if tls.client_ca_file is not None:
+            check.load_verify_locations(tls.client_ca_file)
+    except (ssl.SSLError, ValueError) as error:
+        reason = getattr(error, "reason", None) or str(error)
+        raise ServeError(
+            f"tls_cert_file, tls_key_file and tls_client_ca_file must be PEM, the key without a password and the "
+            f"certificate's own: {str(reason).lower().replace('_', ' ')}"
+        ) from None
+    return grpc.ssl_server_certificate_configuration(
+        [(tls.key_file.read_bytes(), tls.cert_file.read_bytes())],
+        root_certificates=tls.client_ca_file.read_bytes() if tls.client_ca_file else None,
     )

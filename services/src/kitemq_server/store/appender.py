@@ -159,7 +159,7 @@ class Appender:
     def _split(self, batch: ClientBatch) -> list[Stretch]:
         """The batch in stretches: new ones, and repeats with the first copy's offsets."""
         count = len(batch.parts)
-        if batch.first_sequence:
+        if batch.producer_instance and batch.first_sequence:
             window = self._state.dedupe.window((batch.producer_instance, batch.topic, batch.queue_id))
             if window is not None and batch.first_sequence <= window.last_sequence:
                 return window.split(batch.first_sequence, count)
@@ -198,7 +198,7 @@ class Appender:
         queue_offset = queue.next_offset
         entries = builder.add_messages(queue, parts, tags_codes)
         dedupe = self._state.dedupe
-        if batch.first_sequence:
+        if batch.producer_instance and batch.first_sequence:
             key = (batch.producer_instance, batch.topic, batch.queue_id)
             dedupe.record(key, batch.first_sequence + first, count, queue_offset, timestamp_ms)
         elif not batch.producer_instance:

@@ -223,16 +223,16 @@ class ConsumeQueue:
         assert self.next_offset == self.min_offset
         self.min_offset = self.max_offset = self.next_offset = self.tail_offset = queue_offset
 
-    def place(self, queue_offset: int, entry: tuple[int, int, int]) -> None:
-        """Appends the entry of a record that is read from the log again, and makes it the last.
+    def place(self, queue_offset: int, physical_offset: int, entries: bytes, count: int) -> None:
+        """Appends entries of records that are read from the log again, the first at `physical_offset`.
 
-        A gap before it is records that were lost; entries at or behind it are of a queue that has begun anew.
+        A gap before them is records that were lost; entries at or behind them are of a queue that has begun anew.
         """
         if queue_offset < self.next_offset:
             self.cut(queue_offset)
         elif queue_offset > self.next_offset:
-            self.append_holes(queue_offset, entry[0])
-        self.append(ENTRY.pack(*entry), 1)
+            self.append_holes(queue_offset, physical_offset)
+        self.append(entries, count)
 
     def append_holes(self, end_offset: int, physical_offset: int) -> None:
         """Fills up to `end_offset` with entries whose records are lost. They name where the next record lies."""

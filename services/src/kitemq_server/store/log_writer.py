@@ -22,6 +22,7 @@ from kitemq_server.store.store_thread import StoreThread
 
 FULL_RETRY_S = 1.0
 _BUSY_RETRY_MS = 100
+_DRAIN_BYTES_MAX = 4 * 1024 * 1024
 
 Write = tuple[Segment, bytes, int]  # segment, data, physical offset; no data = the segment begins there
 
@@ -190,30 +191,40 @@ class LogWriter:
         self._thread.run(self._drain)
 
     def _drain(self) -> None:
-        """Thread: writes what waits."""
+        """Thread: writes what waits, as much at a time as lies side by side."""
         pending = self._pending
         while pending:
-            segment, data, position = pending[0]
+            segment, _, position = pending[0]
+            data = self._gather(segment)
             started = time.monotonic()
             try:
-                self._write_deferred(segment, data, position)
+                if segment.file is None:
+                    segments = self._log.segments
+                    self._begin(segments[segments.index(segment) - 1], segment)
+                if data:
+                    self._write_now(segment, data, position)
             except OSError as error:
                 if not is_full(error):
                     raise
                 self._space.mark_full()
                 self._thread.post(self._thread.run_later, FULL_RETRY_S, self._drain)
                 return
-            self._written_offset = position + len(data)
-            pending.popleft()
+            end_offset = self._written_offset = position + len(data)
+            while pending and pending[0][0] is segment and pending[0][2] + len(pending[0][1]) <= end_offset:
+                pending.popleft()
             slow = time.monotonic() - started > self._slow_s
-            self._thread.post(self._drained, len(data), position + len(data), slow)
+            self._thread.post(self._drained, len(data), end_offset, slow)
 
-    def _write_deferred(self, segment: Segment, data: bytes, position: int) -> None:
-        if segment.file is None:
-            segments = self._log.segments
-            self._begin(segments[segments.index(segment) - 1], segment)
-        if data:
-            self._write_now(segment, data, position)
+    def _gather(self, segment: Segment) -> bytes:
+        """Thread: what waits first for this segment."""
+        pieces: list[bytes] = []
+        byte_count = 0
+        for other, data, _ in list(self._pending):
+            if other is not segment or (pieces and byte_count + len(data) > _DRAIN_BYTES_MAX):
+                break
+            pieces.append(data)
+            byte_count += len(data)
+        return b"".join(pieces)
 
     def _drained(self, byte_count: int, end_offset: int, slow: bool) -> None:
         self.pending_bytes -= byte_count
@@ -274,6 +285,15 @@ class LogWriter:
                 if segment is not self._log.segments[-1] and segment.allocated == segment.end_offset <= target:
                     segment.file.close()
                     segment.file = None
+
+    def trim(self) -> None:
+        """Thread: gives back what was preallocated, after the last append: the next start has no zeros to look at."""
+        self.flush()
+        segment = self._log.segments[-1]
+        if segment.file is not None and not self._pending:
+            segment.file.truncate(segment.end_offset - segment.base)
+            segment.file.fdatasync()
+            segment.allocated = segment.end_offset
 
     def close(self) -> None:
         """Closes the files that are open for writing. After the thread's end."""

@@ -38,6 +38,8 @@ from kitemq_server.store.tables import EpochStart, LockKey, OffsetTable
 
 logger = logging.getLogger(__name__)
 
+_WALL_CLOCK_MS = SystemClock().wall_ms
+
 _THREAD_FILES_MAX = 8
 _END_OF_TIME_MS = 1 << 63
 
@@ -356,24 +358,14 @@ class MessageStore:
         """The settings in force."""
         return self._config
 
-    def reconfigure(
-        self,
-        *,
-        retention_hours: float | None = None,
-        retention_bytes: int | None = None,
-        disk_watermark_percent: int | None = None,
-        scrub_bytes_per_s: int | None = None,
-    ) -> None:
-        """Changes what can be changed while the store is open. Raises ValueError."""
-        old = self._config
+    def reconfigure(self, config: StoreConfig) -> None:
+        """Takes over what may change while the store is open: retention, watermark, speed of the scrub."""
         self._config = self._housekeeping.config = replace(
-            old,
-            retention_hours=old.retention_hours if retention_hours is None else retention_hours,
-            retention_bytes=old.retention_bytes if retention_bytes is None else retention_bytes,
-            disk_watermark_percent=(
-                old.disk_watermark_percent if disk_watermark_percent is None else disk_watermark_percent
-            ),
-            scrub_bytes_per_s=old.scrub_bytes_per_s if scrub_bytes_per_s is None else scrub_bytes_per_s,
+            self._config,
+            retention_hours=config.retention_hours,
+            retention_bytes=config.retention_bytes,
+            disk_watermark_percent=config.disk_watermark_percent,
+            scrub_bytes_per_s=config.scrub_bytes_per_s,
         )
 
     # ---- life
@@ -426,10 +418,12 @@ class MessageStore:
         """Leaves nothing for the next start to do, unless the store has failed."""
         try:
             if not self._confirmation.failed:
+                await self._thread.drain()
                 self._housekeeping.snapshot()
                 await self._flush()
                 self._housekeeping.index()
                 await self._thread.drain()
+                await self._thread.call(self._writer.trim)
         except (OSError, KiteMQError) as error:
             logger.error("store not closed cleanly, the next start recovers it: %r", error)
         finally:
@@ -448,7 +442,7 @@ async def open_store(
     root: Path,
     config: StoreConfig,
     *,
-    clock_ms: Callable[[], int] = SystemClock().wall_ms,
+    clock_ms: Callable[[], int] = _WALL_CLOCK_MS,
     buckets: Buckets | None = None,
 ) -> AsyncIterator[MessageStore]:
     """Locks and recovers the store below `root`, begins a new epoch, and closes it cleanly at the end.

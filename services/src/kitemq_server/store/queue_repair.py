@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 
 from kitemq.protocol.record import KIND_MESSAGE, tags_code
 from kitemq_server.store.commit_log import LogReader
-from kitemq_server.store.consume_queue import ConsumeQueue, QueueTable
+from kitemq_server.store.consume_queue import ENTRY, ConsumeQueue, QueueTable
 from kitemq_server.store.record import Record
 from kitemq_server.store.scan import read_range
 
@@ -58,7 +58,8 @@ def rebuild_queues(reader: LogReader, queues: Collection[ConsumeQueue], end: int
         queue = found[0]
         if queue.next_offset == queue.min_offset:
             queue.begin_at(record.queue_offset)
-        queue.place(record.queue_offset, (record.physical_offset, len(record.data), tags_code(message.tag)))
+        entry = ENTRY.pack(record.physical_offset, len(record.data), tags_code(message.tag))
+        queue.place(record.queue_offset, record.physical_offset, entry, 1)
         in_memory += 1
         if in_memory >= _MEMORY_ENTRIES_MAX:
             in_memory = 0

@@ -16,6 +16,7 @@ from kitemq_server.store.config import StoreConfig
 from kitemq_server.store.disk import write_all
 from kitemq_server.store.queue_repair import check_queues, rebuild_queues
 from kitemq_server.store.record import ROLL_BYTES, Record, record_bytes
+from kitemq_server.store.replay import Replay
 from kitemq_server.store.scan import CHUNK_BYTES, find_record, is_zero, read_records
 from kitemq_server.store.state import State
 
@@ -54,6 +55,7 @@ class Recovery:
         self._proven = 0
         self._epoch = state.epoch
         self._group: list[Record] = []
+        self._applied = Replay(state)
         self._unflushed_records = 0
         self.report = Report()
 
@@ -68,6 +70,7 @@ class Recovery:
         if broken:
             rebuild_queues(self._reader, broken, start, self._flush_tails)
         end_offset = self._replay(start)
+        self._applied.finish()
         self._cut(end_offset)
         self._rewrite(min(self._proven, end_offset), end_offset)
         self._state.confirm_all()
@@ -229,16 +232,17 @@ class Recovery:
             if record.group_continues:
                 return
             for member in self._group:
-                self._state.apply(member)
+                self._applied.apply(member)
             self._group.clear()
         else:
-            self._state.apply(record)
+            self._applied.apply(record)
         self._unflushed_records += 1
         if self._unflushed_records >= _FLUSH_TAILS_RECORDS:
             self._flush_tails()
 
     def _flush_tails(self) -> None:
         """Keeps memory bounded; synced with the next snapshot, as what the snapshot before says stays true."""
+        self._applied.finish()
         queues = self._state.queues
         tails = queues.take_tails()
         for tail in tails:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from kitemq.protocol.record import FRAME_BYTES, RECORD_BYTES_MIN
 from kitemq_server.store.commit_log import LogReader
-from kitemq_server.store.record import Record, check_record, find_frames, record_bytes
+from kitemq_server.store.record import Record, check_framed, check_record, find_frames, record_bytes
 
 CHUNK_BYTES = 4 * 1024 * 1024
 _SIZES_MAX = 8192
@@ -18,6 +18,7 @@ def read_records(reader: LogReader, start: int, end: int) -> Iterator[Record]:
     sizes: dict[bytes, int] = {}
     while position < end:
         chunk = reader.pread(position, min(CHUNK_BYTES, end - position))
+        chunk_bytes = len(chunk)
         at = 0
         while True:
             header = chunk[at : at + FRAME_BYTES]
@@ -26,13 +27,14 @@ def read_records(reader: LogReader, start: int, end: int) -> Iterator[Record]:
                 size = record_bytes(header, 0)
                 if len(sizes) < _SIZES_MAX:
                     sizes[header] = size
-            if size < 0 or at + size > len(chunk):
+            record_end = at + size
+            if size < 0 or record_end > chunk_bytes:
                 break
-            record = check_record(chunk[at : at + size], position + at)
+            record = check_framed(chunk[at:record_end], position + at)
             if record is None:
                 return
             yield record
-            at += size
+            at = record_end
         position += at
         if size > CHUNK_BYTES and position + size <= end:
             record = check_record(reader.pread(position, size), position)

@@ -57,13 +57,16 @@ class Space:
         with self._lock:
             if end_offset <= segment.allocated:
                 return
-            try:
-                self._extend(segment, end_offset, self._config.allocate_bytes)
-            except OSError as error:
-                if not is_full(error):
-                    raise
-                self.release_reserve()
-                self._extend(segment, end_offset, min(_SMALL_STEP_BYTES, self._config.allocate_bytes))
+            step = self._config.allocate_bytes
+            for smaller in (min(_SMALL_STEP_BYTES, step), 0):
+                try:
+                    return self._extend(segment, end_offset, step)
+                except OSError as error:
+                    if not is_full(error):
+                        raise
+                    self.release_reserve()
+                step = smaller
+            self._extend(segment, end_offset, step)
 
     def _extend(self, segment: Segment, end_offset: int, step: int) -> None:
         assert segment.file is not None

@@ -1,13 +1,11 @@
-"""All derived state that a snapshot holds, and how one record of the log changes it."""
+"""All derived state that a snapshot holds."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from kitemq.protocol.record import KIND_MESSAGE, tags_code
 from kitemq_server.store.consume_queue import ConsumeQueue, QueueFiles, QueueTable
 from kitemq_server.store.dedupe import Dedupe
-from kitemq_server.store.record import Record
 from kitemq_server.store.tables import Tables
 
 
@@ -32,16 +30,6 @@ class State:
         epochs = self.tables.epochs
         return epochs[-1].epoch if epochs else 0
 
-    def apply(self, record: Record) -> None:
-        """Replays one record."""
-        self.last_store_timestamp_ms = record.store_timestamp_ms
-        if record.kind == KIND_MESSAGE:
-            self._apply_message(record)
-        else:
-            message = record.message()
-            if message.HasField("system"):
-                self.apply_change(message.system, record.store_timestamp_ms)
-
     def apply_change(self, change: Any, timestamp_ms: int) -> list[ConsumeQueue]:
         """A system record takes effect; returns the queues that are gone with it."""
         self.tables.apply(change, timestamp_ms)
@@ -51,18 +39,6 @@ class State:
         self.dedupe.drop_topic(topic)
         self.deleted_topics.add(topic)
         return self.queues.drop_topic(topic)
-
-    def _apply_message(self, record: Record) -> None:
-        message = record.message()
-        queue = self.queues.obtain(message.topic, record.queue_id)
-        queue_offset = record.queue_offset
-        queue.place(queue_offset, (record.physical_offset, len(record.data), tags_code(message.tag)))
-        if message.producer_instance:
-            if message.sequence:
-                key = (message.producer_instance, message.topic, record.queue_id)
-                self.dedupe.record(key, message.sequence, 1, queue_offset, record.store_timestamp_ms)
-        else:
-            self.dedupe.record_ids(message.topic, (message.message_id,), record.queue_id, queue_offset)
 
     def confirm_all(self) -> None:
         """Everything applied is confirmed: the end of recovery."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
 
 EPILOG = """
 \b
@@ -37,7 +38,7 @@ Exit codes:
   0    stopped cleanly; health: serving
   1    failed while starting or running; health: not serving; store dump: damage was found
   2    wrong usage or configuration
-  130  stopped at once by a second Ctrl-C
+  130  stopped at once: a second Ctrl-C, or one before the service was up
 """
 
 _SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -168,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _note(_usage_text(error))
         sys.exit(error.exit_code)
     except typer.Abort:
-        sys.exit(EXIT_FAILED)
+        sys.exit(EXIT_INTERRUPTED)
     sys.exit(outcome if isinstance(outcome, int) else EXIT_OK)
 
 

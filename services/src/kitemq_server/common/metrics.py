@@ -133,7 +133,11 @@ async def serve_metrics(listen: str, registry: CollectorRegistry) -> AsyncIterat
     try:
         server = make_server(host, port, make_wsgi_app(registry), server_class, _QuietHandler)
     except OSError as error:
-        raise OSError(error.errno, f"cannot serve metrics on {join_address(host, port)}: {error.strerror}") from None
+        reason = (error.strerror or str(error)).lower()
+        raise OSError(
+            error.errno,
+            f"cannot serve metrics on {join_address(host, port)}: {reason}; choose another metrics_listen, or none",
+        ) from None
     thread = threading.Thread(target=server.serve_forever, args=(0.2,), name="metrics", daemon=True)
     thread.start()
     try:

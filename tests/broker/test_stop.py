@@ -22,7 +22,7 @@ from kitemq.proto.v1.message_pb2 import Message
 from kitemq_server.broker.pull import WRITING_BYTES_MAX
 from kitemq_server.broker.server import BrokerHandle, StoreFailedError
 from tests.broker.conftest import Start
-from tests.broker.wire import Client, batch, numbered, until
+from tests.broker.wire import Client, batch, numbered, refused, until
 from tests.crash.crash_disk import CrashDisk
 
 
@@ -58,6 +58,17 @@ async def test_everything_that_waits_is_answered_before_the_broker_is_gone(start
     assert await send.call.read() is grpc.aio.EOF
     assert await send.call.code() is grpc.StatusCode.OK
     await client.close()
+
+
+async def test_a_stream_that_comes_too_late_is_told_so(client: Client, handle: BrokerHandle) -> None:
+    handle.broker.stop()
+    with refused("BrokerUnavailableError"):
+        await client.send_stream().read()
+    with refused("BrokerUnavailableError"):
+        await client.pull_stream().read()
+    notify = client.broker.Notify(NotifyRequest(client_id="c"))
+    assert (await notify.read()).ready
+    assert (await notify.read()).stopping
 
 
 async def test_sends_that_wait_for_the_disk_are_answered_on_a_stop(tmp_path: Path, start: Start) -> None:

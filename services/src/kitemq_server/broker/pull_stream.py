@@ -7,7 +7,7 @@ from collections import deque
 
 from google.protobuf.message import DecodeError
 
-from kitemq.errors import InvalidRequestError, KiteMQError, error_to_stream
+from kitemq.errors import BrokerUnavailableError, InvalidRequestError, KiteMQError, error_to_stream
 from kitemq.proto.v1 import broker_pb2
 from kitemq.proto.v1.broker_pb2 import NO_MATCHED_MSG, NO_NEW_MSG, OFFSET_ILLEGAL, PullRequest, PullResponse
 from kitemq.protocol.record import U32, length_delimited
@@ -21,7 +21,7 @@ from kitemq_server.broker.pull import (
     diverged_at,
     diverged_error,
 )
-from kitemq_server.broker.streams import DuplexStream, RawContext, StreamLimits
+from kitemq_server.broker.streams import STOPPING, DuplexStream, RawContext, StreamLimits
 from kitemq_server.store.consume_queue import ConsumeQueue
 from kitemq_server.store.message_store import ReadResult, ReadStatus
 
@@ -31,8 +31,9 @@ HOLD_UNTIL_STREAM_ENDS = 0xFFFF_FFFF
 SUSPEND_MS = 15_000
 REPLY_BYTES = 1024 * 1024
 CREDIT_MAX = 1 << 48
-# Answers to bad requests that wait to be written: then no more is read.
+# Answers to bad requests, and subscriptions (closed ones among them), that wait for the pump: then no more is read.
 NOTICES_MAX = 64
+READY_MAX = 2 * SUBSCRIPTIONS_PER_STREAM_MAX
 # Messages that a filter leaves out are skipped in silence up to here, or for this long; then the client is told how far
 # it has come, so that it can commit.
 SKIPPED_MESSAGES_MAX = 4096
@@ -59,6 +60,8 @@ class PullStreams:
 
     async def serve(self, context: RawContext) -> None:
         """Handler of Broker.Pull, bytes in and out."""
+        if self._pulls.stopping:
+            raise BrokerUnavailableError(STOPPING)
         with self._limits.open(context.peer()):
             stream = PullStream(self._pulls, context)
             self._streams.add(stream)
@@ -194,14 +197,16 @@ class PullStream(DuplexStream):
             try:
                 subscription = self._subscribe(request)
             except KiteMQError as error:
-                await self._notice(_error_reply(request.number, error, next_offset=request.queue_offset))
+                self._notices.append(_error_reply(request.number, error, next_offset=request.queue_offset))
+                self._wake.set()
+                await self._wait_for_room()
                 return
         self._add_credit(subscription, request)
+        await self._wait_for_room()
 
-    async def _notice(self, reply: bytes) -> None:
-        self._notices.append(reply)
-        self._wake.set()
-        while len(self._notices) >= NOTICES_MAX:
+    async def _wait_for_room(self) -> None:
+        """A client that asks and does not read is not read either."""
+        while len(self._notices) >= NOTICES_MAX or len(self._ready) >= READY_MAX:
             self._room.clear()
             await self._room.wait()
 
@@ -242,9 +247,10 @@ class PullStream(DuplexStream):
     async def _write(self) -> None:
         silent = 0
         while True:
+            if len(self._notices) < NOTICES_MAX and len(self._ready) < READY_MAX:
+                self._room.set()
             if self._notices:
                 await self._context.write(self._notices.popleft())
-                self._room.set()
             elif self._ready:
                 subscription = self._ready.popleft()
                 subscription.ready = False

@@ -11,6 +11,7 @@ from google.protobuf.message import DecodeError
 
 from kitemq.errors import (
     BrokerBusyError,
+    BrokerUnavailableError,
     InvalidMessageError,
     InvalidRequestError,
     KiteMQError,
@@ -23,7 +24,7 @@ from kitemq.protocol.record import FRAME_BYTES, TRAILER_BYTES, tags_code
 from kitemq_server.broker.incoming import PART_BYTES_MAX, check_messages, parse_batch
 from kitemq_server.broker.metrics import MessageCounts
 from kitemq_server.broker.settings import LiveSettings
-from kitemq_server.broker.streams import DuplexStream, RawContext, StreamLimits
+from kitemq_server.broker.streams import STOPPING, DuplexStream, RawContext, StreamLimits
 from kitemq_server.broker.topics import Topics
 from kitemq_server.store.batch import AppendReceipt, ClientBatch
 from kitemq_server.store.message_store import MessageStore
@@ -67,6 +68,7 @@ class Sends:
         self._limits = StreamLimits("Send", streams_max=STREAMS_MAX)
         self._streams: set[SendStream] = set()
         self._next_queue = 0
+        self._stopping = False
         self.waiting_bytes = 0
 
     @property
@@ -84,6 +86,8 @@ class Sends:
 
     async def serve(self, context: RawContext) -> None:
         """Handler of Broker.Send, bytes in and out."""
+        if self._stopping:
+            raise BrokerUnavailableError(STOPPING)
         with self._limits.open(context.peer()):
             stream = SendStream(self, context)
             self._streams.add(stream)
@@ -95,6 +99,7 @@ class Sends:
 
     def stop(self) -> None:
         """Let every stream answer what it has read, and end."""
+        self._stopping = True
         for stream in self._streams:
             stream.stop()
 

@@ -11,6 +11,7 @@ import grpc.aio
 
 from kitemq.errors import BrokerBusyError
 
+STOPPING = "the broker is stopping: try another one, or this one later"
 # The clients of one process share a connection.
 STREAMS_PER_CONNECTION_MAX = 1_024
 

@@ -10,6 +10,7 @@ from hypothesis import given, note
 from hypothesis import strategies as st
 
 from kitemq.errors import FencedEpochError, NotAllowedError, NotFoundError
+from kitemq_server.namesrv import route_table
 from kitemq_server.namesrv.route_table import Broker, RouteTable, TopicQueues
 
 ASYNC_MASTER, SLAVE = 0, 2
@@ -295,6 +296,21 @@ def test_a_name_belongs_to_one_cluster() -> None:
     register(table, replace(MASTER, cluster_name="other"), {"t": queues(4)})
     assert table.topics("other") == ["t"]
     assert table.topics("c") == []
+
+
+def test_the_table_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(route_table, "MEMBERS_MAX", 2)
+    table = RouteTable()
+    register(table, MASTER, {})
+    register(table, SLAVE_1, {})
+    with pytest.raises(NotAllowedError, match="no room for a/2"):
+        register(table, broker(2), {})
+    register(table, broker(1, boot_id="n", boot_timestamp_ms=200), {})
+    monkeypatch.setattr(route_table, "GROUPS_MAX", 1)
+    with pytest.raises(NotAllowedError, match="no room for b/0"):
+        register(table, broker(name="b"), {})
+    monkeypatch.setattr(route_table, "MEMBERS_MAX", 3)
+    register(table, broker(2), {})
 
 
 def test_addresses_by_listener() -> None:

@@ -169,6 +169,9 @@ async def serve(
     that are still running `grace_s` later are cancelled.
     Raises ServeError.
     """
+    for listener in listeners:
+        # All before any is bound: gRPC lets go of a bound port only once its server has run.
+        _check_bindable(listener)
     health = HealthServicer([*services])
     servers: list[grpc.aio.Server] = []
     ports: dict[str, int] = {}
@@ -209,7 +212,6 @@ def _register(server: grpc.aio.Server, services: Mapping[str, Register], health:
 
 
 def _listen(server: grpc.aio.Server, listener: Listener, tls: Tls | None) -> int:
-    _check_bindable(listener)
     address = join_address(listener.host, listener.port)
     try:
         if tls is None:

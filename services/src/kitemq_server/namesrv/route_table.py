@@ -17,7 +17,8 @@ from kitemq.protocol.names import PERMISSION_WRITE
 from kitemq_server.common.addresses import DEFAULT_LISTENER
 
 MASTER_ID = 0
-BROKERS_MAX = 10_000
+GROUPS_MAX = 10_000
+MEMBERS_MAX = 100  # of one group
 
 DataVersion = tuple[int, int]
 
@@ -170,9 +171,12 @@ class RouteTable:
                     f"broker name {broker.broker_name!r} belongs to cluster {member.broker.cluster_name!r}: "
                     f"give each broker group a name of its own"
                 )
-        if broker.broker_name not in self._groups and len(self._groups) >= BROKERS_MAX:
-            raise NotAllowedError(f"this namesrv knows {BROKERS_MAX} broker groups already: it takes no more")
         known = group.members.get(broker.broker_id)
+        no_room = len(group.members) >= MEMBERS_MAX if group.members else len(self._groups) >= GROUPS_MAX
+        if known is None and no_room:
+            raise NotAllowedError(
+                f"this namesrv takes at most {GROUPS_MAX} broker groups of {MEMBERS_MAX} brokers: no room for {broker}"
+            )
         if known is not None and known.broker.boot_id == broker.boot_id and data_version < known.data_version:
             # Overtaken on the way by a newer registration of the same process.
             data_version, topics = known.data_version, known.topics

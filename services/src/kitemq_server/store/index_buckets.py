@@ -144,8 +144,8 @@ class LmdbBuckets:
 
     def _write(self, environment: lmdb.Environment, items: Sequence[Item], applied: Applied) -> None:
         with environment.begin(write=True) as transaction:
-            for key, value in items:
-                transaction.put(key, value)
+            with transaction.cursor() as cursor:
+                cursor.putmulti(items)
             transaction.put(_APPLIED_KEY, _APPLIED.pack(*applied))
 
     def scan_back(self, bucket: int, low: bytes, high: bytes, count_max: int) -> list[Item]:

@@ -24,7 +24,8 @@ from kitemq_server.store.errors import StoreOpenError
 from kitemq_server.store.file_cache import FileCache
 from kitemq_server.store.housekeeping import Housekeeping
 from kitemq_server.store.index_buckets import Buckets, LmdbBuckets, MemoryBuckets
-from kitemq_server.store.key_index import FOUND_MAX, KeyIndex
+from kitemq_server.store.index_search import FOUND_MAX, IndexSearch
+from kitemq_server.store.key_index import KeyIndex
 from kitemq_server.store.log_writer import LogWriter
 from kitemq_server.store.offset_commits import OffsetCommits
 from kitemq_server.store.opening import Opened, open_files
@@ -72,10 +73,10 @@ class MessageStore:
         self._index = KeyIndex(
             buckets,
             store_uuid=opened.store_uuid,
-            reader=self._log_reader,
             thread_reader=self._thread_reader,
             feed_from=opened.log.end_offset,
         )
+        self._search = IndexSearch(self._index, self._log_reader)
         self._appender = Appender(
             opened.log,
             self._writer,
@@ -268,7 +269,7 @@ class MessageStore:
 
     def find_by_id(self, message_id: str) -> Record | None:
         """The newest confirmed message with this id."""
-        return self._index.find_by_id(message_id, self.confirm_offset)
+        return self._search.by_id(message_id, self.confirm_offset)
 
     def find_by_key(
         self, topic: str, key: str, *, begin_ms: int = 0, end_ms: int = 0, count_max: int = FOUND_MAX
@@ -277,7 +278,7 @@ class MessageStore:
 
         end_ms: 0 = open. count_max: at most 64.
         """
-        return self._index.find_by_key(
+        return self._search.by_key(
             topic,
             key,
             self.confirm_offset,
@@ -418,6 +419,7 @@ class MessageStore:
         """Leaves nothing for the next start to do, unless the store has failed."""
         try:
             if not self._confirmation.failed:
+                self._index.stop()
                 await self._thread.drain()
                 self._housekeeping.snapshot()
                 await self._flush()

@@ -1,8 +1,8 @@
 """The store's one thread: everything that can block for long runs here, never on the loop.
 
 Urgent jobs (writes, flushes, preallocation) run in the order in which they come. Background jobs (snapshots, index,
-deletion) are generators: the thread runs one step, looks for urgent jobs, and goes on. So a flush never waits for more
-than one step.
+deletion) are generators: the thread runs one step of one, looks for urgent jobs, and goes on with the next. So a flush
+never waits for more than one step, and a long job holds up no other.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ class StoreThread:
         self._urgent: deque[Callable[[], None]] = deque()
         self._background: deque[Iterator[None]] = deque()
         self._wake: SimpleQueue[bool] = SimpleQueue()
+        self._drain_count = 0
         self._closing = False
         self._waiting: set[asyncio.Future[Any]] = set()
         self._error: Exception | None = None
@@ -46,7 +47,7 @@ class StoreThread:
         self._loop.call_later(delay_s, self.run, job)
 
     def run_steps(self, steps: Iterator[None]) -> None:
-        """Runs `steps` between urgent jobs, after the background jobs that came before."""
+        """Runs `steps` between urgent jobs, in turn with other background jobs."""
         self._background.append(steps)
         self._wake.put(True)
 
@@ -67,14 +68,17 @@ class StoreThread:
         return await asyncio.shield(done)
 
     async def drain(self) -> None:
-        """Returns when all background jobs that were there are done. Raises what has ended the thread."""
+        """Returns when all background jobs are done, later ones too. Raises what has ended the thread."""
         done: asyncio.Future[None] = self._loop.create_future()
         self._expect(done)
 
         def last() -> Iterator[None]:
+            while len(self._background) > self._drain_count:
+                yield
+            self._drain_count -= 1
             self.post(_set_result, done, None)
-            yield
 
+        self._drain_count += 1
         self.run_steps(last())
         await done
 
@@ -119,10 +123,13 @@ class StoreThread:
             self.post(self._failed, error)
 
     def _step(self) -> None:
+        steps = self._background[0]
         try:
-            next(self._background[0])
+            next(steps)
         except StopIteration:
             self._background.popleft()
+        else:
+            self._background.rotate(-1)
 
 
 def _set_result(future: asyncio.Future[T], result: T) -> None:

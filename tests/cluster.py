@@ -94,6 +94,11 @@ class Broker(Service):
     def _run(self) -> AbstractAsyncContextManager[Any]:
         return run_broker(BrokerConfig(listen=parse_listeners(self.address), **self._config), disk=self.disk)
 
+    async def start(self) -> None:
+        """Serving, and known to the namesrvs that are there."""
+        await super().start()
+        await self.handle.broker.registrar.synced()
+
     @property
     def store(self) -> Any:
         """The MessageStore of the running broker."""

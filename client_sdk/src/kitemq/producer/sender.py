@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
+import grpc
 import grpc.aio
 
 from kitemq.errors import (
@@ -172,10 +173,16 @@ class BrokerSender:
         await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))
 
     async def _connect(self, address: str) -> bool:
+        """Whether the broker can be reached. A refused connection is a no at once, a silent address after 2 s."""
         channel = self._channels.get(address)
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                await channel.channel_ready()
+                state = channel.get_state(try_to_connect=True)
+                while state is not grpc.ChannelConnectivity.READY:
+                    if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE:
+                        return False
+                    await channel.wait_for_state_change(state)
+                    state = channel.get_state(try_to_connect=True)
         except TimeoutError:
             return False
         self.address = address

@@ -324,7 +324,11 @@ def _start(
 def _serving(name: str, listen: Sequence[Any], handle: Any) -> None:
     import logging
 
-    addresses = ",".join(f"{listener.name}={listener.host}:{handle.ports[listener.name]}" for listener in listen)
+    from kitemq_server.common.addresses import join_address
+
+    addresses = ",".join(
+        f"{listener.name}={join_address(listener.host, handle.ports[listener.name])}" for listener in listen
+    )
     logging.getLogger(__name__).info("%s serving listen=%s metrics_port=%s", name, addresses, handle.metrics_port)
 
 

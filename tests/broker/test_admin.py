@@ -92,6 +92,7 @@ async def test_a_topic_and_a_group_in_full(client: Client) -> None:
     group = await client.admin.DescribeGroup(admin_pb2.DescribeGroupRequest(group="g"))
     (member,) = group.members
     assert (member.client_id, member.language, member.version) == ("c", "python", "1.0")
+    assert member.address.startswith("127.0.0.1:")
     assert member.consumer.subscriptions[0].topic == "orders"
     assert member.last_heartbeat_timestamp_ms > 1_600_000_000_000
     assert [queue.HasField("consumer_offset") for queue in group.queues] == [False] * 4

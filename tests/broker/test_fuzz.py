@@ -26,6 +26,7 @@ from kitemq.proto.v1.broker_pb2 import (
     SendRequest,
     SendResponse,
 )
+from kitemq.protocol.names import GRPC_BYTES_MAX
 from kitemq_server.broker.server import BrokerHandle
 from tests.broker.wire import Client, batch, numbered, until
 
@@ -157,6 +158,22 @@ async def test_any_message_to_any_method(serving: Client, method: MethodDescript
         asyncio.run_coroutine_threadsafe(call(serving, method, request.SerializeToString()), loop).result(30)
 
     await asyncio.to_thread(attempts)
+
+
+@pytest.mark.parametrize("method", ["SendMessage", "Heartbeat", "Send", "Pull"])
+async def test_a_message_over_grpcs_limit(serving: Client, method: str) -> None:
+    too_much = bytes(GRPC_BYTES_MAX + 1)
+    channel: Any = grpc.aio.insecure_channel(serving.address, options=[("grpc.max_send_message_length", -1)])
+    path = f"/kitemq.v1.Broker/{method}"
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        if method in ("Send", "Pull"):
+            stream = channel.stream_stream(path)()
+            await stream.write(too_much)
+            await stream.read()
+        else:
+            await channel.unary_unary(path)(too_much)
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    await channel.close()
 
 
 async def test_any_batches_on_one_stream(serving: Client) -> None:

@@ -148,6 +148,7 @@ class Client:
     """Everything of one broker over one connection."""
 
     def __init__(self, address: str) -> None:
+        self.address = address
         # Calls are made with raw bytes too, and what comes back is looked into: typed by what the tests assert.
         self.channel: Any = grpc.aio.insecure_channel(address, options=OPTIONS)
         self.broker: Any = broker_pb2_grpc.BrokerStub(self.channel)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 import grpc
 import grpc.aio
@@ -61,7 +62,7 @@ class BrokerService(broker_pb2_grpc.BrokerServicer):
 
     async def Heartbeat(self, request: broker_pb2.HeartbeatRequest, context: Any) -> broker_pb2.HeartbeatResponse:
         """Also creates the groups it names, where that is allowed."""
-        self._membership.heartbeat(request, address=context.peer())
+        self._membership.heartbeat(request, address=_address(context.peer()))
         return broker_pb2.HeartbeatResponse(broker_timestamp_ms=self._clock.wall_ms())
 
     async def Unregister(self, request: broker_pb2.UnregisterRequest, context: Any) -> broker_pb2.UnregisterResponse:
@@ -100,3 +101,9 @@ class BrokerService(broker_pb2_grpc.BrokerServicer):
     ) -> broker_pb2.GetQueueOffsetsResponse:
         """Bounds are the confirmed ones."""
         return await self._offsets.bounds(request)
+
+
+def _address(peer: str) -> str:
+    """host:port of gRPC's "ipv4:host:port" or "ipv6:%5Bhost%5D:port"; what is neither stays."""
+    scheme, _, rest = peer.partition(":")
+    return unquote(rest) if scheme in ("ipv4", "ipv6") else peer

@@ -30,7 +30,11 @@ class SetTopicRequest(_message.Message):
     create_only: _builtins.bool
     """Refuse instead of changing one that is there."""
     @_builtins.property
-    def topic(self) -> _message_pb2.TopicConfig: ...
+    def topic(self) -> _message_pb2.TopicConfig:
+        """Zero counts and permission mean the present ones, or for a new topic the broker's default and 6. No attributes mean
+        the present ones; one with an empty value is removed.
+        """
+
     def __init__(
         self,
         *,

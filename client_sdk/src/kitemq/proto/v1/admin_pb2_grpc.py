@@ -181,7 +181,7 @@ class BrokerAdminServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def SetConfig(self, request, context):
-        """Only keys that GetConfig marks as changeable.
+        """Only keys that GetConfig marks as changeable; all of them or none. Holds until the next start.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

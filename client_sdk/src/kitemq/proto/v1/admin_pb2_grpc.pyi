@@ -49,7 +49,7 @@ class BrokerAdminStub:
     DescribeBroker: _grpc.UnaryUnaryMultiCallable[_admin_pb2.DescribeBrokerRequest, _admin_pb2.DescribeBrokerResponse]
     GetConfig: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetConfigRequest, _admin_pb2.GetConfigResponse]
     SetConfig: _grpc.UnaryUnaryMultiCallable[_admin_pb2.SetConfigRequest, _admin_pb2.SetConfigResponse]
-    """Only keys that GetConfig marks as changeable."""
+    """Only keys that GetConfig marks as changeable; all of them or none. Holds until the next start."""
 
 @_typing.type_check_only
 class BrokerAdminAsyncStub(BrokerAdminStub):
@@ -72,7 +72,7 @@ class BrokerAdminAsyncStub(BrokerAdminStub):
     DescribeBroker: _aio.UnaryUnaryMultiCallable[_admin_pb2.DescribeBrokerRequest, _admin_pb2.DescribeBrokerResponse]  # type: ignore[assignment]
     GetConfig: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetConfigRequest, _admin_pb2.GetConfigResponse]  # type: ignore[assignment]
     SetConfig: _aio.UnaryUnaryMultiCallable[_admin_pb2.SetConfigRequest, _admin_pb2.SetConfigResponse]  # type: ignore[assignment]
-    """Only keys that GetConfig marks as changeable."""
+    """Only keys that GetConfig marks as changeable; all of them or none. Holds until the next start."""
 
 class BrokerAdminServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -170,6 +170,6 @@ class BrokerAdminServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.SetConfigRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.SetConfigResponse, _abc.Awaitable[_admin_pb2.SetConfigResponse]]:
-        """Only keys that GetConfig marks as changeable."""
+        """Only keys that GetConfig marks as changeable; all of them or none. Holds until the next start."""
 
 def add_BrokerAdminServicer_to_server(servicer: BrokerAdminServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

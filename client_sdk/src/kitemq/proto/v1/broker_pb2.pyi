@@ -405,7 +405,9 @@ class PullRequest(_message.Message):
     CLOSE_FIELD_NUMBER: _builtins.int
     LAST_EPOCH_FIELD_NUMBER: _builtins.int
     number: _builtins.int
-    """Chosen by the client: a new number opens a subscription, a known one adds to it."""
+    """Chosen by the client: a new number opens a subscription, a known one adds to it. A request that names no topic for
+    a number that is not open came too late for it, and is ignored.
+    """
     topic: _builtins.str
     queue_id: _builtins.int
     group: _builtins.str
@@ -453,7 +455,10 @@ Global___PullRequest: _TypeAlias = PullRequest  # noqa: Y015
 
 @_typing.final
 class PullResponse(_message.Message):
-    """Every status but FOUND and NO_MATCHED_MSG ends the subscription."""
+    """Every status but FOUND and NO_MATCHED_MSG ends the subscription. NO_MATCHED_MSG says how far a filter has skipped: every
+    few thousand messages, and at the latest a second after the first. A broker that stops answers what is held with
+    NO_NEW_MSG, unless it is held until the stream ends, and then ends the stream.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

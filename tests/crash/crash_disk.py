@@ -326,8 +326,12 @@ class CrashDisk:
         """Bytes that files may still grow by."""
         if not self.capacity_bytes:
             return _PLENTY
+        return self.capacity_bytes - self.used_bytes()
+
+    def used_bytes(self) -> int:
+        """What all files take."""
         with self.mutex:
-            return self.capacity_bytes - sum(len(content.live) for _path, content in self.contents())
+            return sum(len(content.live) for _path, content in self.contents())
 
     def _find(self, path: Path) -> Content | _Directory | None:
         node: Content | _Directory | None = self._tree

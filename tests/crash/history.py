@@ -7,30 +7,27 @@ that is how a failing one is made small.
 from __future__ import annotations
 
 import asyncio
+import errno
 import random
-from collections.abc import Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from kitemq.errors import BrokerBusyError, BrokerUnavailableError, StoreFullError
-from kitemq.proto.v1 import message_pb2
-from kitemq_server.store.batch import OffsetRun
+from kitemq.errors import BrokerUnavailableError, StoreFullError
 from kitemq_server.store.config import FlushMode, StoreConfig
+from kitemq_server.store.errors import StoreOpenError
 from kitemq_server.store.message_store import MessageStore, open_store
 from tests.crash import checks
+from tests.crash.clients import Clients
 from tests.crash.crash_buckets import CrashBuckets
 from tests.crash.crash_disk import CrashDisk
 from tests.crash.fault_plan import PowerLossError
-from tests.crash.model import UNKNOWN, Model, StoredMessage
-from tests.crash.producers import Producer, Sent
+from tests.crash.model import UNKNOWN
 
 ROOT = Path("/store")
-TOPICS = ("orders", "audit")
-QUEUE_COUNT = 2
-GROUPS = ("billing", "shipping")
-CONFIRM_TIMEOUT_S = 30.0
+TICK_S = 0.2
 NEVER_MS = 10**9
 FIRST_TIME_MS = 1_700_000_000_000
 LATE_S = 10.0**6  # later than everything that waits for its time
@@ -60,6 +57,7 @@ WEIGHTS = {
     "retain": 3,
     "power off soon": 3,
     "fail a sync": 2,
+    "fill disk": 3,
     "crash": 7,
     "kill": 5,
     "stop": 3,
@@ -73,20 +71,20 @@ def plan(seed: int) -> list[Step]:
     return [Step(name, rng.getrandbits(32)) for name in names]
 
 
-class History:
+class History(Clients):
     """Runs the steps of one history."""
 
     def __init__(self, seed: int) -> None:
         rng = random.Random(seed)
         self.seed = seed
         self.sync = rng.random() < 0.5
-        self.equal = rng.random() < 0.5
+        super().__init__(CrashDisk(ROOT, rng=rng), equal=rng.random() < 0.5)
         self.config = StoreConfig(
             flush_mode=FlushMode.SYNC_FLUSH if self.sync else FlushMode.ASYNC_FLUSH,
             flush_interval_ms=NEVER_MS,
             segment_bytes=rng.choice((4096, 8192, 65536)),
             allocate_bytes=rng.choice((512, 4096)),
-            reserve_bytes=rng.choice((0, 2048)),
+            reserve_bytes=rng.choice((0, 16384)),
             record_bytes_max=2048,
             slow_disk_ms=rng.choice((0, 60_000, 60_000)),
             queue_file_entries=rng.choice((3, 1000)),
@@ -97,13 +95,9 @@ class History:
             disk_watermark_percent=0,
             scrub_bytes_per_s=0,
         )
-        self.disk = CrashDisk(ROOT, rng=rng)
         self.buckets = CrashBuckets(self.disk.faults)
         self.short_writes = rng.random() < 0.3
-        self.model = Model()
-        self.producers = [Producer(0), Producer(0xA1), Producer(0xB2)]
         self.stack = AsyncExitStack()
-        self.store: MessageStore | None = None
         self.now_ms = FIRST_TIME_MS
         self.late_s = LATE_S
         self.flushed_offset = 0
@@ -118,6 +112,7 @@ class History:
             "snapshot": self.snapshot,
             "power off soon": self.power_off_soon,
             "fail a sync": self.fail_a_sync,
+            "fill disk": self.fill_disk,
         }
 
     def clock_ms(self) -> int:
@@ -152,7 +147,7 @@ class History:
         """One step."""
         match name:
             case "wait":
-                await self.wait(rng)
+                await self.wait()
             case "settle":
                 await self.settle(self.opened)
                 checks.check_log(self.opened, self.disk)
@@ -165,165 +160,19 @@ class History:
                 for _turn in range(rng.choice((0, 0, 1, 3))):
                     await asyncio.sleep(0)
 
-    @property
-    def opened(self) -> MessageStore:
-        """The store, which is open."""
-        assert self.store is not None
-        return self.store
+    # ---- what the store does now and then
 
-    # ---- what clients do
-
-    def send(self, rng: random.Random) -> None:
-        """One append of new messages to one or more queues."""
-        batches: list[Sent] = []
-        for _ in range(rng.choice((1, 1, 2, 3))):
-            queue = (rng.choice(TOPICS), rng.randrange(QUEUE_COUNT))
-            producer = rng.choice(self.producers)
-            if all(other.batch.topic != queue[0] or other.batch.queue_id != queue[1] for other in batches):
-                batches.append(producer.batch(queue, rng.choice((1, 1, 2, 5)), rng, equal=self.equal))
-        self.append(batches)
-
-    def send_again(self, rng: random.Random) -> None:
-        """A repeat, as a client sends it whose answer was lost: of one batch, settled or not."""
-        producer = rng.choice(self.producers)
-        # A sequence that has been overtaken by a lost one is never sent again: a client keeps the order of a queue.
-        unsettled = {sent.queue for sent in producer.unsettled()}
-        candidates = [sent for sent in producer.sent if sent.queue not in unsettled]
-        if candidates:
-            self.append([rng.choice(candidates)])
-
-    def append(self, batches: list[Sent]) -> None:
-        """Hands batches to the store, and what becomes of them to the model."""
-        start_offset = self.opened._log.end_offset
-        before = [[self.stored_at(sent, identity) for identity in sent.identities()] for sent in batches]
-        try:
-            receipt = self.opened.append([sent.batch for sent in batches])
-        except (StoreFullError, BrokerBusyError):
-            return
-        except BrokerUnavailableError:
-            # Stored, or not, or in part: the next start tells.
-            for sent in batches:
-                self.add_to_model(sent, start_offset, UNKNOWN)
-            raise
-        assert receipt.end_offset <= self.opened._log.end_offset
-        for sent, known, runs in zip(batches, before, receipt.runs, strict=True):
-            sent.end_offset = receipt.end_offset
-            self.add_to_model(sent, start_offset, self.opened._log.end_offset)
-            self.check_runs(sent, known, runs)
-
-    def stored_at(self, sent: Sent, identity: tuple[int, int] | str) -> int | None:
-        """Queue offset of the first copy."""
-        return self.model.queue_offset(sent.queue, identity)
-
-    def add_to_model(self, sent: Sent, start_offset: int, end_offset: int) -> None:
-        """Messages of the batch that are not stored yet."""
-        for identity, part in zip(sent.identities(), sent.batch.parts, strict=True):
-            if self.stored_at(sent, identity) is None:
-                self.model.add(StoredMessage(sent.queue, identity, bytes(part)), start_offset, end_offset)
-
-    def check_runs(self, sent: Sent, known: list[int | None], runs: list[OffsetRun]) -> None:
-        """The receipt names every message's offset, and says which are repeats. known: offsets before the append."""
-        told = []
-        for run in runs:
-            assert not run.unknown
-            assert run.queue_id == sent.batch.queue_id
-            told += [(run.first_queue_offset + index, run.repeated) for index in range(run.count)]
-        wanted = [
-            (self.stored_at(sent, identity), old is not None)
-            for identity, old in zip(sent.identities(), known, strict=True)
-        ]
-        assert told == wanted, f"told {told}, wanted {wanted}"
-
-    def change(self, rng: random.Random) -> None:
-        """A change of the tables."""
-        change = message_pb2.SystemRecord()
-        kind = rng.choice(("topic", "topic", "group", "group gone", "value", "value", "value gone", "topic gone"))
-        name = rng.choice(TOPICS)
-        match kind:
-            case "topic":
-                change.topic_set.CopyFrom(
-                    message_pb2.TopicConfig(name=name, read_queue_count=rng.randint(1, 8), write_queue_count=2)
-                )
-            case "topic gone":
-                change.topic_deleted = name
-            case "group":
-                change.group_set.CopyFrom(
-                    message_pb2.GroupConfig(name=rng.choice(GROUPS), retry_max_times=rng.randint(0, 9))
-                )
-            case "group gone":
-                change.group_deleted = rng.choice(GROUPS)
-            case "value":
-                change.key_value_set.CopyFrom(message_pb2.KeyValue(key=rng.choice("ab"), value=str(rng.random())))
-            case "value gone":
-                change.key_value_deleted = rng.choice("ab")
-        self.append_change(change)
-
-    def append_change(self, change: message_pb2.SystemRecord) -> None:
-        """Hands a change to the store and the model."""
-        start_offset = self.opened._log.end_offset
-        with self.offsets_watched():
-            try:
-                end_offset = self.opened.append_change(change)
-            except (StoreFullError, BrokerBusyError):
-                return
-            except BrokerUnavailableError:
-                self.model.change(change, start_offset, UNKNOWN)
-                raise
-            self.model.change(change, start_offset, end_offset)
-        if change.WhichOneof("change") == "topic_deleted":
-            for producer in self.producers:
-                producer.sent = [sent for sent in producer.sent if sent.batch.topic != change.topic_deleted]
-
-    def commit(self, rng: random.Random) -> None:
-        """A group commits what it has consumed."""
-        group, topic, queue_id = rng.choice(GROUPS), rng.choice(TOPICS), rng.randrange(QUEUE_COUNT)
-        offset = message_pb2.GroupOffset(
-            group=group, topic=topic, queue_id=queue_id, queue_offset=rng.randint(0, 30), reset=rng.random() < 0.2
-        )
-        with self.offsets_watched():
-            try:
-                self.opened.commit_offsets([offset], durable=rng.random() < 0.4)
-            except (StoreFullError, BrokerBusyError):
-                return
-            finally:
-                self.model.commit((group, topic, queue_id), offset.queue_offset, reset=offset.reset)
-
-    @contextmanager
-    def offsets_watched(self) -> Iterator[None]:
-        """Tells the model when offsets that waited for their record have got it."""
-        store = self.opened
-        start_offset = store._log.end_offset
-        end_offset = UNKNOWN
-        try:
-            yield
-            end_offset = store._log.end_offset
-        finally:
-            if end_offset == UNKNOWN or not store._commits._pending:
-                self.model.offsets_recorded(start_offset, end_offset)
-
-    def read(self, rng: random.Random) -> None:
-        """A consumer reads what is confirmed, now, while appends wait for their flush."""
-        try:
-            for name, queue in checks.queues_of(self.opened).items():
-                expected = self.model.now.queues.get(name, [])
-                for record in checks.read_queue(self.opened, queue, rng):
-                    assert record.part == expected[record.message.queue_offset].part
-        except AssertionError:
-            if not self.disk.faults.dead:  # what a dead disk does not give back is skipped
-                raise
-
-    async def wait(self, rng: random.Random) -> None:
+    async def wait(self) -> None:
         """Everything is confirmed, or the store has failed."""
-        store = self.opened
-        assert await store.wait_confirmed(store._log.end_offset, CONFIRM_TIMEOUT_S) or not self.sync
+        self.free_space()
+        await self.confirmed(self.opened)
         self.settle_producers()
 
-    def settle_producers(self) -> None:
-        """Clients have got their answers."""
-        for producer in self.producers:
-            producer.settle(self.opened.confirm_offset)
-
-    # ---- what the store does now and then
+    async def confirmed(self, store: MessageStore) -> None:
+        """Returns when everything is confirmed. What had to wait for space is flushed with the tick after it."""
+        while not await store.wait_confirmed(store._log.end_offset, TICK_S):
+            if store is self.store:
+                self.tick_late()
 
     def tick(self, rng: random.Random) -> None:
         """Flush, and offsets that wait for their record."""
@@ -335,31 +184,32 @@ class History:
     def tick_late(self) -> None:
         """Everything that waits for its time is due."""
         self.late_s += LATE_S
-        with self.offsets_watched():
+        with self.offsets_watched(), suppress(StoreFullError):
             self.opened._housekeeping.tick(self.late_s)
 
     def snapshot(self, rng: random.Random) -> None:
         """A snapshot begins; what follows happens while it is written."""
-        with self.offsets_watched():
+        with self.offsets_watched(), suppress(StoreFullError):
             self.opened._housekeeping.snapshot()
 
     async def retain(self, rng: random.Random) -> None:
         """The oldest segments go, all but a few."""
         config = replace(self.config, retention_bytes=rng.choice((1, self.config.segment_bytes * 2)))
         try:
-            with self.offsets_watched():
+            with self.offsets_watched(), suppress(StoreFullError):
                 await self.opened._retention.run_once(config)
         except OSError as error:
             raise BrokerUnavailableError("the broker stops") from error
 
     async def settle(self, store: MessageStore) -> None:
         """Waits until the store has nothing left to do."""
+        self.free_space()
         store._writer.flush_soon()
         drained = asyncio.ensure_future(store._thread.drain())
         await asyncio.wait((drained, store.failed), return_when=asyncio.FIRST_COMPLETED)
         if not drained.done():
             drained.cancel()
-        assert await store.wait_confirmed(store._log.end_offset, CONFIRM_TIMEOUT_S)
+        await self.confirmed(store)
 
     # ---- what the machine does
 
@@ -367,17 +217,35 @@ class History:
         """The power goes off in the middle of one of the next changes of the disk."""
         self.disk.faults.power_off_after(rng.randint(0, 20))
 
+    def fill_disk(self, rng: random.Random) -> None:
+        """Others have used up the disk, all but little."""
+        self.disk.capacity_bytes = self.disk.used_bytes() + rng.choice((0, 1, 100, 1000, 3000))
+
+    def free_space(self) -> None:
+        """There is space again; the store notices by itself."""
+        if self.disk.capacity_bytes:
+            self.disk.capacity_bytes = 0
+            self.tick_late()
+
     def fail_a_sync(self, rng: random.Random) -> None:
         """One of the next fdatasyncs fails."""
         self.disk.faults.fail("sync", nth=rng.randint(1, 4))
 
     async def open(self) -> None:
-        """Opens the store."""
+        """Opens the store. A disk that is too full for that gets space."""
         if self.short_writes:
             self.disk.faults.shorten_writes(random.Random(self.seed))
-        self.store = await self.stack.enter_async_context(
-            open_store(self.disk, ROOT, self.config, clock_ms=self.clock_ms, buckets=self.buckets)
-        )
+        for attempt in (1, 2):
+            try:
+                self.store = await self.stack.enter_async_context(
+                    open_store(self.disk, ROOT, self.config, clock_ms=self.clock_ms, buckets=self.buckets)
+                )
+                return
+            except (StoreOpenError, OSError) as error:
+                full = isinstance(error, StoreOpenError) or error.errno == errno.ENOSPC
+                if attempt == 2 or not full or not self.disk.capacity_bytes:
+                    raise
+            self.disk.capacity_bytes = 0
 
     async def close(self) -> None:
         """Closes the store."""
@@ -430,11 +298,14 @@ class History:
 
     async def stop_cleanly(self) -> bool:
         """A clean end of the process; False when the disk did not let it."""
+        store = self.opened
         try:
             await self.close()
         except (OSError, BrokerUnavailableError):
             return False
-        return not self.disk.faults.dead and not self.disk.faults.failed_count
+        # A full disk may leave something unwritten that nobody was told of.
+        wrote_all = store.flushed_offset == store._log.end_offset
+        return wrote_all and not self.disk.faults.dead and not self.disk.faults.failed_count
 
     async def open_through_faults(self, rng: random.Random, survives: int) -> int:
         """Opens the store; every now and then the power goes off, or a sync fails, while it recovers.
@@ -466,12 +337,14 @@ class History:
         recovered_end = min(start.first_physical_offset for start in store.epochs if start.epoch > self.epoch)
         self.epoch = store.epoch
         assert recovered_end >= survives, f"the log ends at {recovered_end}, {survives} was promised"
+        assert not store.recovery.damages, f"nothing is damaged: {store.recovery.damages}"
         seen = checks.outline_of(store)
         count = model.find_prefix(seen, recovered_end)
         assert count is not None, f"nothing that was sent looks like {seen}\nall of it: {model.now.outline()}"
         model.cut(count)
         model.offsets_lost(recovered_end)
-        checks.check_contents(store, model, rng)
+        with self.unless_dead():
+            checks.check_contents(store, model, rng)
         checks.check_offsets(store, model)
         if rng.random() < 0.2:
             await self.check_against_rebuilt()
@@ -479,16 +352,6 @@ class History:
             await self.settle(self.opened)
             checks.check_log(store, self.disk)
         self.send_unsettled(rng)
-
-    def send_unsettled(self, rng: random.Random) -> None:
-        """Clients send again what they have no answer for, in order, or give it up."""
-        for producer in self.producers:
-            unsettled = producer.unsettled()
-            if rng.random() < 0.7:
-                for sent in unsettled:
-                    self.append([sent])
-            else:
-                producer.sent = [sent for sent in producer.sent if sent.settled]
 
     async def check_against_rebuilt(self) -> None:
         """Every derived structure is equal to one built from the log alone."""

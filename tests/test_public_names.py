@@ -24,6 +24,14 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
     assert not hasattr(kitemq, "Consumer")
 
 
+def test_public_modules_need_no_import_of_their_own() -> None:
+    script = (
+        "import kitemq; print(kitemq.sync.Producer.__name__, kitemq.admin.AdminClient.__name__, kitemq.errors.__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["Producer", "AdminClient", "kitemq.errors"]
+
+
 def test_importing_loads_nothing_that_costs() -> None:
     script = "import sys, kitemq; print(*sorted(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()

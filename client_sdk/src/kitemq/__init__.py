@@ -80,6 +80,8 @@ __all__ = [
     "TopicNotFoundError",
 ]
 
+# Modules that are part of the API.
+_MODULES = frozenset({"admin", "errors", "sync"})
 # Where each name is. Loaded on first use: servers and `kitemq --help` need only a part of the SDK.
 _HOMES = {
     name: module
@@ -97,6 +99,8 @@ logging.getLogger("kitemq").addHandler(logging.NullHandler())
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"kitemq.{name}")
     if name not in __all__:
         raise AttributeError(f"module 'kitemq' has no attribute {name!r}")
     value = getattr(import_module(f"kitemq.{_HOMES.get(name, 'errors')}"), name)

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import os
+import re
 import time
 
 import pytest
@@ -123,6 +124,7 @@ async def test_ctrl_c_commits_what_was_printed(cluster: Cluster, start: Start, r
     described = (await run("group", "describe", "g", "-o", "json")).json
     assert len(described["members"]) == 1
     assert described["members"][0]["subscriptions"] == {"orders": "*"}
+    assert described["members"][0]["address"].startswith("127.0.0.1:")
     result = await consuming.interrupt()
     assert (result.code, result.err) == (ExitCode.INTERRUPTED, "")
     described = (await run("group", "describe", "g", "-o", "json")).json
@@ -269,3 +271,38 @@ async def test_names_complete(cluster: Cluster, run: Run) -> None:
         KITEMQ_NAMESRV="127.0.0.1:1",
     )
     assert (nobody.out.strip(), nobody.err) == ("", "")
+
+
+async def test_on_a_terminal(cluster: Cluster) -> None:
+    """Progress goes to stderr while it runs, and a message shows when and where it was stored."""
+    screen, terminal = os.openpty()
+    try:
+        for words, stdin in ((("produce", "orders"), numbers(20_000)), (("tail", "orders", "-n", "1"), "")):
+            process = await asyncio.create_subprocess_exec(
+                *COMMAND,
+                *words,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=terminal,
+                stderr=terminal,
+                env=os.environ | {"KITEMQ_NAMESRV": cluster.namesrv_address, "TERM": "xterm", "COLUMNS": "80"},
+            )
+            reading = asyncio.create_task(asyncio.to_thread(read_until_end, screen))
+            await process.communicate(stdin.encode())
+            os.write(terminal, b"END")
+            shown = await reading
+            assert process.returncode == 0, shown
+            if words[0] == "produce":
+                assert re.search(r"[\d,]+ sent · [\d,]+/s · .* read", shown), shown
+                assert "Sent 20000 messages to orders" in shown
+            else:
+                assert re.search(r"\x1b\[2m\d\d:\d\d:\d\d\.\d{3} broker-a:\d:\d+\x1b\[0m \d+\r\n", shown), shown
+    finally:
+        os.close(screen)
+        os.close(terminal)
+
+
+def read_until_end(screen: int) -> str:
+    shown = b""
+    while not shown.endswith(b"END"):
+        shown += os.read(screen, 65_536)
+    return shown.removesuffix(b"END").decode()

@@ -41,8 +41,8 @@ TIMEOUT_S = 5.0
 class AdminClient:
     """Topics, groups, offsets, messages, brokers and settings of a cluster.
 
-    Use it as an async context manager, on one event loop. Every method may raise BrokerUnavailableError, when no namesrv
-    answers or a broker that is needed does not, and RequestTimeoutError, when it takes longer than `timeout_s`.
+    Use it as an async context manager, on one event loop. Every method may raise BrokerUnavailableError, when no
+    namesrv answers or a broker that is needed does not, and RequestTimeoutError, when it takes longer than timeout_s.
     """
 
     def __init__(

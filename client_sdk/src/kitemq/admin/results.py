@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from urllib.parse import unquote
 
 from kitemq.message import MessageQueue, ReceivedMessage
 from kitemq.proto.v1 import admin_pb2, broker_pb2, message_pb2, namesrv_pb2
@@ -174,9 +175,14 @@ class GroupSummary:
     consume_type: str
 
 
+def _host_port(peer: str) -> str:
+    """gRPC's "ipv4:10.0.0.1:5000" or "ipv6:%5B::1%5D:5000" as host:port."""
+    return unquote(peer).removeprefix("ipv4:").removeprefix("ipv6:")
+
+
 @dataclass(frozen=True, slots=True)
 class GroupMember:
-    """One client of a consumer group. subscriptions: filter by topic."""
+    """One client of a consumer group. address: host:port it speaks from. subscriptions: filter by topic."""
 
     client_id: str
     address: str
@@ -193,7 +199,7 @@ class GroupMember:
         consumer = message.consumer
         return GroupMember(
             client_id=message.client_id,
-            address=message.address,
+            address=_host_port(message.address),
             language=message.language,
             version=message.version,
             message_model=broker_pb2.MessageModel.Name(consumer.message_model),

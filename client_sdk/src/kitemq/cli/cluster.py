@@ -28,7 +28,7 @@ def list_brokers(context: typer.Context, output: OutputOption = Format.TABLE, na
         return
     now_ms = time.time() * 1000
     emit_table(
-        ["cluster", "broker", "id#", "role", "address", "epoch#", "topics#", "writable", "heartbeat"],
+        ["cluster", "broker", "id#", "role", "address", "writable", "heartbeat"],
         (
             (
                 one.cluster_name,
@@ -36,8 +36,6 @@ def list_brokers(context: typer.Context, output: OutputOption = Format.TABLE, na
                 one.broker_id,
                 one.role,
                 one.address,
-                one.epoch,
-                one.topic_count,
                 "yes" if one.writable else "no",
                 f"{span_text(max(0.0, now_ms - one.last_heartbeat_timestamp_ms))} ago",
             )

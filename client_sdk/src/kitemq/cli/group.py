@@ -64,13 +64,12 @@ def describe(
     if found.members:
         emit("")
         emit_table(
-            ["client", "address", "sdk", "model", "subscriptions", "heartbeat"],
+            ["client", "address", "sdk", "topics", "heartbeat"],
             (
                 (
                     one.client_id,
                     one.address,
                     f"{one.language} {one.version}",
-                    one.message_model,
                     ", ".join(f"{topic} ({tags})" for topic, tags in sorted(one.subscriptions.items())),
                     f"{span_text(max(0.0, now_ms - one.last_heartbeat_timestamp_ms))} ago",
                 )

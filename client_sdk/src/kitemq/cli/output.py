@@ -35,22 +35,21 @@ def emit_json(value: Any) -> None:
 def emit_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Rows under headings. Columns whose heading ends in '#' hold numbers: the '#' goes, the numbers stand right.
 
-    On a terminal long cells fold; in a pipe every row stays one line.
+    On a terminal long cells fold, but those of the first column; in a pipe every row stays one line.
     """
-    from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     on_terminal = sys.stdout.isatty()
-    table = Table(box=box.SIMPLE_HEAD if on_terminal else None, pad_edge=False, header_style="bold", show_edge=False)
-    for column in columns:
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for position, column in enumerate(columns):
         number = column.endswith("#")
         table.add_column(
             column.removesuffix("#").upper(),
             justify="right" if number else "left",
             overflow="fold",
-            no_wrap=number or not on_terminal,
+            no_wrap=number or position == 0 or not on_terminal,
         )
     for row in rows:
         table.add_row(*(Text("-" if cell is None or cell == "" else str(cell)) for cell in row))
@@ -74,6 +73,12 @@ def time_text(timestamp_ms: int) -> str | None:
     if not timestamp_ms:
         return None
     return datetime.fromtimestamp(timestamp_ms / 1000).astimezone().isoformat(sep=" ", timespec="milliseconds")
+
+
+def short_time_text(timestamp_ms: int) -> str | None:
+    """Local time to the second, for columns; None for 0 (never)."""
+    text = time_text(timestamp_ms)
+    return text and text[:19]
 
 
 def span_text(span_ms: float) -> str:

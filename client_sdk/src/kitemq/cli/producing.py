@@ -221,6 +221,7 @@ def progress(producer: LineProducer) -> Iterator[None]:
     from rich.live import Live
     from rich.text import Text
 
+    began = time.monotonic()
     status = os.fstat(sys.stdin.fileno())
     total = status.st_size if stat.S_ISREG(status.st_mode) else 0
     with Live(
@@ -229,7 +230,6 @@ def progress(producer: LineProducer) -> Iterator[None]:
         refresh_per_second=8,
         transient=True,
     ):
-        began = time.monotonic()
         yield
 
 

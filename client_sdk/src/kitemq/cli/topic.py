@@ -9,7 +9,7 @@ import typer
 
 from kitemq.cli.completion import complete_topic
 from kitemq.cli.options import BrokerOption, NamesrvOption, OutputOption, YesOption, connection, parse_pairs_option
-from kitemq.cli.output import Format, count_text, emit, emit_facts, emit_json, emit_table, note, time_text
+from kitemq.cli.output import Format, count_text, emit, emit_facts, emit_json, emit_table, note, short_time_text
 from kitemq.cli.session import with_admin
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def describe(
                 one.min_offset,
                 one.max_offset,
                 one.max_offset - one.min_offset,
-                time_text(one.last_store_timestamp_ms),
+                short_time_text(one.last_store_timestamp_ms),
             )
             for one in found.queues
         ),

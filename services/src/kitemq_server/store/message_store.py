@@ -340,7 +340,7 @@ class MessageStore:
 
     @property
     def snapshot_cost_s(self) -> float:
-        """What the last snapshot took of the store's thread."""
+        """Processor time that the last snapshot took, in seconds."""
         return self._snapshotter.cost_s
 
     @property

@@ -26,7 +26,9 @@ from kitemq_server.store.store_thread import StoreThread
 logger = logging.getLogger(__name__)
 
 SNAPSHOTS_KEPT = 2
-_COST_FACTOR = 50  # at most 2 % of the time goes into snapshots
+_COST_FACTOR = 50  # at most 2 % of a processor goes into snapshots
+_REST_FACTOR = 4  # and at most a fifth of the time of a disk that is busy with other things
+_FULL_RETRY_S = 10.0
 _TAILS_PER_STEP = 64
 
 
@@ -39,6 +41,7 @@ class Capture:
     state: dict[str, Any]
     tails: list[Tail]
     deleted_topics: dict[str, dict[int, int]]  # with the end offsets of queues that have begun anew
+    cost_s: float = 0.0  # of processor time, so far
 
 
 class Snapshotter:
@@ -70,7 +73,8 @@ class Snapshotter:
         self._last_record_count = 0
         self._last_started = time.monotonic()
         self.kept = kept  # physical offsets of the snapshots on disk, oldest first
-        self.cost_s = 0.0  # what the last one took of the store's thread
+        self._not_before = 0.0
+        self.cost_s = 0.0  # processor time that the last one took
         self.count = 0
         self.on_done: Callable[[], None] | None = None
 
@@ -83,9 +87,10 @@ class Snapshotter:
         """Whether enough has changed and enough time has passed."""
         if self._running or physical_offset == self._last_offset:
             return False
-        waited = time.monotonic() - self._last_started
-        if waited < self.cost_s * _COST_FACTOR:
+        now = time.monotonic()
+        if now < self._not_before:
             return False
+        waited = now - self._last_started
         config = self._config
         return (
             record_count - self._last_record_count >= config.snapshot_records
@@ -99,26 +104,27 @@ class Snapshotter:
             return
         self._running = True
         self._last_started = time.monotonic()
+        started = time.thread_time()
         queues = self._state.queues
         deleted = {
             topic: {queue.queue_id: queue.next_offset for queue in queues.of_topic(topic)}
             for topic in self._state.deleted_topics
         }
         capture = Capture(physical_offset, record_count, self._state.capture(), queues.take_tails(), deleted)
+        capture.cost_s = time.thread_time() - started
         self._thread.run_steps(self._guarded(capture))
 
     # ---- on the thread
 
     def _guarded(self, capture: Capture) -> Iterator[None]:
         """The steps, timed; on a full disk once more, with what the reserve held."""
-        cost_s = 0.0
         steps = self._steps(capture)
         while True:
-            started = time.perf_counter()
+            started = time.thread_time()
             try:
                 next(steps)
             except StopIteration:
-                self._thread.post(self._done, capture, cost_s + time.perf_counter() - started)
+                self._thread.post(self._done, capture)
                 return
             except OSError as error:
                 if not is_full(error):
@@ -127,7 +133,7 @@ class Snapshotter:
                     self._thread.post(self._abandoned)
                     return
                 steps = self._steps(capture)
-            cost_s += time.perf_counter() - started
+            capture.cost_s += time.thread_time() - started
             yield
 
     def _steps(self, capture: Capture) -> Iterator[None]:
@@ -173,9 +179,12 @@ class Snapshotter:
 
     # ---- back on the loop
 
-    def _done(self, capture: Capture, cost_s: float) -> None:
+    def _done(self, capture: Capture) -> None:
         self._running = False
-        self.cost_s = cost_s
+        now = time.monotonic()
+        took_s = now - self._last_started
+        self.cost_s = capture.cost_s
+        self._not_before = now + max(capture.cost_s * _COST_FACTOR, took_s * _REST_FACTOR)
         self.count += 1
         self._last_offset = capture.physical_offset
         self._last_record_count = capture.record_count
@@ -184,8 +193,14 @@ class Snapshotter:
         for topic in capture.deleted_topics:
             self._state.queues.files.forget(topic)
         self._state.deleted_topics.difference_update(capture.deleted_topics)
-        logger.debug("snapshot: physical_offset=%d cost_ms=%.1f", capture.physical_offset, cost_s * 1000)
+        logger.debug(
+            "snapshot: physical_offset=%d cost_ms=%.1f took_ms=%.1f",
+            capture.physical_offset,
+            capture.cost_s * 1000,
+            took_s * 1000,
+        )
 
     def _abandoned(self) -> None:
         self._running = False
+        self._not_before = time.monotonic() + _FULL_RETRY_S
         logger.warning("snapshot not taken: the disk is full")

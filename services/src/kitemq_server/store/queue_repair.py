@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection
 
-from kitemq.protocol.record import KIND_MESSAGE, tags_code
+from kitemq.protocol.record import KIND_MESSAGE, RECORD_BYTES_MIN, tags_code
 from kitemq_server.store.commit_log import LogReader
 from kitemq_server.store.consume_queue import ENTRY, ConsumeQueue, QueueTable
 from kitemq_server.store.record import Record
@@ -14,6 +14,7 @@ from kitemq_server.store.scan import read_range
 logger = logging.getLogger(__name__)
 
 _MEMORY_ENTRIES_MAX = 500_000
+_NEIGHBOURS_MAX = 64
 _SEARCH_BYTES_MAX = 4 * 1024 * 1024  # what a read may look through for one record
 
 
@@ -76,8 +77,8 @@ def rebuild_queues(reader: LogReader, queues: Collection[ConsumeQueue], end: int
 
 def find_record(reader: LogReader, queue: ConsumeQueue, queue_offset: int) -> Record | None:
     """A record whose entry is wrong, searched for between its neighbours'."""
-    before = queue.entry(queue_offset - 1) if queue_offset > queue.min_offset else None
-    after = queue.entry(queue_offset + 1) if queue_offset + 1 < queue.max_offset else None
+    before = _first_sound(queue, range(queue_offset - 1, queue.min_offset - 1, -1))
+    after = _first_sound(queue, range(queue_offset + 1, queue.max_offset))
     start = before[0] + before[1] if before is not None else reader.log.start_offset
     end = after[0] if after is not None else reader.log.end_offset
     if not start < end <= start + _SEARCH_BYTES_MAX:
@@ -86,4 +87,13 @@ def find_record(reader: LogReader, queue: ConsumeQueue, queue_offset: int) -> Re
         here = record.queue_id == queue.queue_id and record.queue_offset == queue_offset
         if here and record.kind == KIND_MESSAGE and record.message().topic == queue.topic:
             return record
+    return None
+
+
+def _first_sound(queue: ConsumeQueue, offsets: range) -> tuple[int, int, int] | None:
+    """The first entry, of a few, that may be right."""
+    for queue_offset in offsets[:_NEIGHBOURS_MAX]:
+        entry = queue.entry(queue_offset)
+        if entry is not None and entry[1] >= RECORD_BYTES_MIN:
+            return entry
     return None

@@ -65,7 +65,7 @@ class MessageCounts:
     def count_in(self, topic: str, parts: Sequence[bytes | memoryview], runs: Sequence[OffsetRun]) -> None:
         """A batch was appended; what an earlier try had stored is not counted again."""
         sizes = [len(part) for part in parts]
-        if any(run.repeated for run in runs):
+        if len(runs) > 1 or runs[0].repeated:
             fresh = []
             start = 0
             for run in runs:

@@ -19,7 +19,7 @@ from kitemq.errors import (
     error_to_stream,
 )
 from kitemq.proto.v1 import broker_pb2, message_pb2
-from kitemq.proto.v1.broker_pb2 import FLUSH_DISK_TIMEOUT, SEND_OK, BatchResult, OffsetRun, SendResponse, SendResult
+from kitemq.proto.v1.broker_pb2 import FLUSH_DISK_TIMEOUT, SEND_OK, BatchResult, SendResponse
 from kitemq.protocol.record import FRAME_BYTES, TRAILER_BYTES, tags_code
 from kitemq_server.broker.incoming import PART_BYTES_MAX, check_messages, parse_batch
 from kitemq_server.broker.metrics import MessageCounts
@@ -193,8 +193,8 @@ class _Reply:
 
     __slots__ = ("bytes", "deadline", "end_offset", "response")
 
-    def __init__(self, response: SendResponse) -> None:
-        self.response = response
+    def __init__(self) -> None:
+        self.response = SendResponse()
         self.end_offset = 0
         self.bytes = 0
         self.deadline = 0.0
@@ -288,20 +288,20 @@ class SendStream(DuplexStream):
             raise InvalidRequestError(
                 f"request {request.number} has {message_count} messages: at most {MESSAGES_PER_REQUEST_MAX}"
             )
-        results = [BatchResult() for _ in request.batches]
+        reply = _Reply()
+        result = reply.response.results.add(number=request.number)
         good: list[tuple[ClientBatch, BatchResult]] = []
-        for batch, result in zip(request.batches, results, strict=True):
+        for batch in request.batches:
+            outcome = result.batches.add()
             try:
-                good.append((self._check(batch), result))
+                good.append((self._check(batch), outcome))
             except KiteMQError as error:
-                result.error.CopyFrom(error_to_stream(error))
+                outcome.error.CopyFrom(error_to_stream(error))
         if len(self._refused) > REFUSED_QUEUES_MAX:
             raise InvalidRequestError(f"over {REFUSED_QUEUES_MAX} queues of this stream wait for a batch with `resume`")
-        reply = _Reply(SendResponse())
         if good:
             self._append(good, reply)
             reply.bytes = len(raw)
-        reply.response.results.append(SendResult(number=request.number, batches=results))
         return reply
 
     def _check(self, batch: broker_pb2.QueueBatch) -> ClientBatch:
@@ -322,21 +322,17 @@ class SendStream(DuplexStream):
         try:
             receipt = self._sends.append([batch for batch, _ in good])
         except KiteMQError as error:
-            for batch, result in good:
+            for batch, outcome in good:
                 self._refuse((batch.topic, batch.queue_id), batch.producer_instance)
-                result.error.CopyFrom(error_to_stream(error))
+                outcome.error.CopyFrom(error_to_stream(error))
             return
-        for (_, result), runs in zip(good, receipt.runs, strict=True):
-            result.store_timestamp_ms = receipt.store_timestamp_ms
+        for (_, outcome), runs in zip(good, receipt.runs, strict=True):
+            outcome.store_timestamp_ms = receipt.store_timestamp_ms
             for run in runs:
-                result.offsets.append(
-                    OffsetRun(
-                        first_queue_offset=run.first_queue_offset,
-                        count=run.count,
-                        repeated=run.repeated,
-                        unknown=run.unknown,
-                    )
-                )
+                offsets = outcome.offsets.add(first_queue_offset=run.first_queue_offset, count=run.count)
+                if run.repeated:
+                    offsets.repeated = True
+                    offsets.unknown = run.unknown
         reply.end_offset = receipt.end_offset
         reply.deadline = self._time() + self._sends.flush_timeout_s
 

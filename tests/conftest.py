@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import hypothesis
 import pytest_asyncio
 
 from tests.cluster import Cluster, running_cluster
+
+# How long an example takes says more about the machine's other work than about the code.
+hypothesis.settings.register_profile("kitemq", deadline=None)
+hypothesis.settings.load_profile("kitemq")
 
 
 @pytest_asyncio.fixture

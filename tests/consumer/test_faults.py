@@ -84,16 +84,19 @@ async def test_a_broker_that_falls_silent_is_left_and_found_again(
 
 async def test_a_commit_that_fails_is_repeated(cluster: Cluster, caplog: pytest.LogCaptureFixture) -> None:
     gate = asyncio.Event()
+    begun: list[str] = []
     handled: list[str] = []
 
     async def handle(message: ReceivedMessage) -> None:
+        begun.append(message.body.decode())
         await gate.wait()
         handled.append(message.body.decode())
 
     async with behind_proxy(cluster) as (broker, proxy):
         async with consuming(cluster, handle, topic="far", commit_interval_s=0.05):
             await send_to(cluster, QUEUE, numbers(0, 5))
-            await eventually(lambda: committed(broker, "billing", "far") == {0: 0})
+            await eventually(lambda: len(begun) == 5)
+            assert committed(broker, "billing", "far") == {0: 0}
             await proxy.stop()
             gate.set()
             await eventually(lambda: len(handled) == 5 and "commit failed, will be repeated" in caplog.text)

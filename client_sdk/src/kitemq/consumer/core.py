@@ -100,6 +100,8 @@ class ConsumerCore:
         self.assigned: frozenset[MessageQueue] | None = None
         self._assigned_filter = ALL
         self._releasing: dict[MessageQueue, asyncio.Task[None]] = {}
+        # Queues that are ours, and when (loop time) the member that had them will have committed them.
+        self._due: dict[MessageQueue, float] = {}
         self._rebalance_wanted = asyncio.Event()
         self._retry: asyncio.TimerHandle | None = None
         self._loops: list[asyncio.Task[None]] = []
@@ -207,14 +209,21 @@ class ConsumerCore:
 
     async def _rebalance_forever(self) -> None:
         while True:
-            due_s = self.membership.next_change_in_s()
             try:
-                async with asyncio.timeout(REBALANCE_S if due_s is None else min(REBALANCE_S, due_s + 0.01)):
+                async with asyncio.timeout(self._next_look_in_s()):
                     await self._rebalance_wanted.wait()
             except TimeoutError:
                 pass
             self._rebalance_wanted.clear()
             await self._rebalance()
+
+    def _next_look_in_s(self) -> float:
+        now = asyncio.get_running_loop().time()
+        looks = [REBALANCE_S, *(due - now for due in self._due.values())]
+        changes_in_s = self.membership.next_change_in_s()
+        if changes_in_s is not None:
+            looks.append(changes_in_s + 0.01)
+        return max(0.0, min(looks))
 
     async def _rebalance(self) -> None:
         if self.assigned is not None:
@@ -225,14 +234,16 @@ class ConsumerCore:
         if share is None or not share.complete:
             self._retry_soon()
         if share is None:
+            self._due.clear()
             return
         self._release([self.held[queue] for queue in share.give_up if queue in self.held])
-        new = share.take - self.held.keys()
-        if new and not share.alone:
-            await asyncio.sleep(HAND_OVER_WAIT_S)
-            if self._rebalance_wanted.is_set():  # somebody else has come or gone meanwhile
-                return
-        await self._acquire(new)
+        now = asyncio.get_running_loop().time()
+        due = now if share.alone else now + HAND_OVER_WAIT_S
+        self._due = {queue: min(due, self._due.get(queue, due)) for queue in share.take - self.held.keys()}
+        ready = [queue for queue, due in self._due.items() if due <= now]
+        for queue in ready:
+            del self._due[queue]
+        await self._acquire(ready)
 
     # ---- taking over ----
 

@@ -111,7 +111,8 @@ class Membership:
         self._offsets_reset = offsets_reset
         self._view = MemberView()
         self._followed: dict[str, asyncio.Task[None]] = {}
-        self._joined: set[str] = set()
+        # Brokers that know this consumer, and what they were told last.
+        self._joined: dict[str, broker_pb2.ConsumerInfo] = {}
         self._ever_joined = False
 
     @property
@@ -133,7 +134,7 @@ class Membership:
         """Be a member on exactly these brokers."""
         for address in self._followed.keys() - addresses:
             self._followed.pop(address).cancel()
-            self._joined.discard(address)
+            self._joined.pop(address, None)
         for address in addresses - self._followed.keys():
             self._followed[address] = self._tasks.start(self._follow(address), name=f"group {self._group} {address}")
         self._view.keep_only(addresses)
@@ -150,7 +151,11 @@ class Membership:
 
     async def leave(self) -> None:
         """Say goodbye, so that the others take over at once."""
-        joined, self._joined = self._joined, set()
+        joined, self._joined = self._joined, {}
+        followed, self._followed = self._followed, {}
+        for task in followed.values():
+            task.cancel()
+        await asyncio.gather(*followed.values(), return_exceptions=True)  # no heartbeat may come after the goodbye
         request = broker_pb2.UnregisterRequest(client_id=self._client_id, consumer_group=self._group)
 
         async def one(address: str) -> None:
@@ -165,8 +170,9 @@ class Membership:
     # ---- one broker ----
 
     async def _beat(self, address: str) -> bool:
+        info = self._info()
         request = broker_pb2.HeartbeatRequest(
-            client_id=self._client_id, language="PYTHON", version=VERSION, consumers=[self._info()]
+            client_id=self._client_id, language="PYTHON", version=VERSION, consumers=[info]
         )
         try:
             stub = self._brokers.stub(address)
@@ -178,9 +184,13 @@ class Membership:
                 self._refused(error)
             return False
         self._ever_joined = True
+        if address in self._followed:
+            self._joined[address] = info
         return True
 
     async def _ask(self, address: str) -> None:
+        if self._joined.get(address) != self._info():  # or our own entry in the list would be out of date
+            await self._beat(address)
         request = broker_pb2.ListGroupMembersRequest(group=self._group)
         try:
             stub = self._brokers.stub(address)
@@ -204,7 +214,7 @@ class Membership:
                 logger.debug("consumer: notify stream broke broker=%s code=%s", address, error.code())
                 if address in self._joined:
                     backoff_s = BACKOFF_FIRST_S
-            self._joined.discard(address)
+            self._joined.pop(address, None)
             await asyncio.sleep(random.uniform(0.5, 1.0) * backoff_s)
             backoff_s = min(2 * backoff_s, BACKOFF_MAX_S)
 
@@ -219,7 +229,6 @@ class Membership:
                     if not await self._beat(address):
                         return False
                     self._view.reconnected(address, asyncio.get_running_loop().time())
-                    self._joined.add(address)
                     self._changed()
                 elif event == "group_changed" and notice.group_changed == self._group:
                     self._changed()

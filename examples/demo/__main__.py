@@ -230,7 +230,7 @@ def show(console: Console, verdict: Verdict, elapsed_s: float) -> None:
         "sent",
         f"{verdict.acknowledged:,} of {verdict.events:,} events acknowledged",
     )
-    again = f"; {verdict.repeated:,} came again after the kill" if verdict.repeated else ""
+    again = f"; {verdict.repeated:,} came more than once" if verdict.repeated else ""
     row(
         not verdict.lost and not verdict.strangers,
         "handled",

@@ -405,4 +405,5 @@ async def test_nothing_is_logged_above_info_in_a_quiet_life(cluster: Cluster, ca
     async with consuming(cluster, journal):
         await send(cluster, "orders", numbers(0, 10))
         await eventually(lambda: len(journal.messages) == 10)
+    await eventually(lambda: len(cluster.broker.handle.broker.membership.registry) == 0)
     assert [record.getMessage() for record in caplog.records if record.name.startswith("kitemq.")] == []

@@ -156,7 +156,7 @@ class Membership:
         for task in followed.values():
             task.cancel()
         await asyncio.gather(*followed.values(), return_exceptions=True)  # no heartbeat may come after the goodbye
-        request = broker_pb2.UnregisterRequest(client_id=self._client_id, consumer_group=self._group)
+        request = broker_pb2.UnregisterRequest(client_id=self._client_id)
 
         async def one(address: str) -> None:
             try:

@@ -22,6 +22,7 @@ from kitemq.rpc import Channels, call
 logger = logging.getLogger(__name__)
 
 OFFSET_TIMEOUT_S = 5.0
+OFFSETS_PER_COMMIT = 8192
 
 
 @dataclass(slots=True)
@@ -76,6 +77,14 @@ class Brokers:
         if address is None:
             raise BrokerUnavailableError(f"broker {broker_name!r} has no master now", topic=topic)
         return address
+
+    async def after(self, error: KiteMQError, topic: str) -> None:
+        """Read the route again where the error says so."""
+        if error.refresh_route:
+            try:
+                await self._routes.get(topic, refresh=True)
+            except KiteMQError as failed:
+                logger.debug("consumer: no route topic=%s error=%s", topic, failed)
 
     async def bounds(
         self, broker_name: str, topic: str, queue_ids: Iterable[int], *, at_timestamp_ms: int | None = None
@@ -136,6 +145,7 @@ class BrokerOffsets:
                 return
             except KiteMQError as error:
                 logger.info("consumer: offsets unknown group=%s broker=%s error=%s", self._group, broker_name, error)
+                await self._brokers.after(error, topic)
                 return
             offsets = {item.queue_id: item.queue_offset for item in response.offsets}
             for queue in queues:
@@ -153,37 +163,44 @@ class BrokerOffsets:
         last_epochs: Mapping[MessageQueue, int] | None = None,
     ) -> Saved:
         """See OffsetStore."""
-        by_broker: dict[str, dict[MessageQueue, int]] = {}
-        for queue, offset in offsets.items():
-            by_broker.setdefault(queue.broker_name, {})[queue] = offset
+        by_broker: dict[str, list[MessageQueue]] = {}
+        for queue in offsets:
+            by_broker.setdefault(queue.broker_name, []).append(queue)
         saved = Saved()
         epochs = last_epochs or {}
 
-        async def commit(broker_name: str, offsets: dict[MessageQueue, int]) -> None:
+        async def commit(broker_name: str, queues: list[MessageQueue]) -> None:
             request = broker_pb2.CommitOffsetsRequest(
                 client_id=self._client_id,
                 durable=durable,
-                last_epochs=[epochs.get(queue, 0) for queue in offsets],
+                last_epochs=[epochs.get(queue, 0) for queue in queues],
                 offsets=[
                     message_pb2.GroupOffset(
                         group=self._group,
                         topic=queue.topic,
                         queue_id=queue.queue_id,
-                        queue_offset=offset,
+                        queue_offset=offsets[queue],
                         reset=reset,
                     )
-                    for queue, offset in offsets.items()
+                    for queue in queues
                 ],
             )
             try:
-                address = await self._brokers.master(broker_name, next(iter(offsets)).topic)
+                address = await self._brokers.master(broker_name, queues[0].topic)
                 stub = self._brokers.stub(address)
                 await call(stub.CommitOffsets, request, timeout_s=OFFSET_TIMEOUT_S, address=address)
-                saved.offsets.update(offsets)
+                saved.offsets.update({queue: offsets[queue] for queue in queues})
             except KiteMQError as error:
                 saved.errors.append(error)
+                await self._brokers.after(error, queues[0].topic)
 
-        await asyncio.gather(*(commit(name, items) for name, items in by_broker.items()))
+        await asyncio.gather(
+            *(
+                commit(name, queues[start : start + OFFSETS_PER_COMMIT])
+                for name, queues in by_broker.items()
+                for start in range(0, len(queues), OFFSETS_PER_COMMIT)
+            )
+        )
         return saved
 
 

@@ -83,7 +83,8 @@ class Confirmation:
         moved: dict[ConsumeQueue, None] = {}
         while unconfirmed and unconfirmed[0][0] <= confirm_offset:
             for queue, max_offset in unconfirmed.popleft()[1]:
-                queue.max_offset = max_offset
+                if not queue.deleted:
+                    queue.max_offset = max_offset
                 moved[queue] = None
         if moved:
             self.listener(list(moved))

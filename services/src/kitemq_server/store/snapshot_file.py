@@ -94,7 +94,10 @@ def load_snapshot(disk: Disk, path: Path, store_uuid: str) -> dict[str, Any]:
     state = data[head.end() : -2]
     if google_crc32c.value(state) != int(head[1]):
         raise SnapshotDamagedError("its checksum is wrong")
-    decoded: dict[str, Any] = json.loads(state)
+    try:
+        decoded: dict[str, Any] = json.loads(state)
+    except ValueError as error:
+        raise SnapshotDamagedError(f"not JSON: {error}") from None
     if decoded["format_version"] != FORMAT_VERSION:
         raise SnapshotDamagedError(f"format version {decoded['format_version']}, this program knows {FORMAT_VERSION}")
     if decoded["store_uuid"] != store_uuid:

@@ -94,6 +94,7 @@ async def _stoppable(verb: Coroutine[Any, Any, T]) -> T:
         if received:
             os._exit(128 + number)
         received.append(number)
+        logging.getLogger("kitemq").setLevel(logging.CRITICAL)  # what is given up now is no news
         task.cancel()
 
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -14,7 +14,7 @@ from kitemq.errors import KiteMQError, StoreFullError
 from kitemq.proto.v1 import message_pb2
 from kitemq_server.common.clock import SystemClock
 from kitemq_server.store.appender import Appender
-from kitemq_server.store.batch import AppendReceipt, ClientBatch, OffsetRun
+from kitemq_server.store.batch import AppendReceipt, ClientBatch
 from kitemq_server.store.commit_log import LogReader
 from kitemq_server.store.config import FlushMode, StoreConfig
 from kitemq_server.store.confirm import Confirmation
@@ -71,10 +71,7 @@ class MessageStore:
         self._thread_reader = LogReader(opened.log, FileCache(_THREAD_FILES_MAX))
         self._log_reader = LogReader(opened.log, FileCache(config.open_files_max))
         self._index = KeyIndex(
-            buckets,
-            store_uuid=opened.store_uuid,
-            thread_reader=self._thread_reader,
-            feed_from=opened.log.end_offset,
+            buckets, store_uuid=opened.store_uuid, thread_reader=self._thread_reader, feed_from=opened.log.end_offset
         )
         self._search = IndexSearch(self._index, self._log_reader)
         self._appender = Appender(
@@ -88,18 +85,25 @@ class MessageStore:
             on_messages=self._index.add,
         )
         self._reader = QueueReader(self._log_reader, self._write_entry)
+        self.failed = failed
+        self.store_uuid = opened.store_uuid
+        self.recovery = opened.report
+        self._make_keepers(opened, clock_ms)
+
+    def _make_keepers(self, opened: Opened, clock_ms: Callable[[], int]) -> None:
+        """What works by itself: snapshots, scrub, retention, and the rest of the housekeeping."""
         self._snapshotter = Snapshotter(
             opened.disk,
             opened.layout,
-            config,
+            self._config,
             store_uuid=opened.store_uuid,
             state=opened.state,
             writer=self._writer,
             space=opened.space,
-            thread=thread,
+            thread=self._thread,
             kept=opened.snapshots,
         )
-        self._scrub = Scrub(self._thread_reader, opened.state.queues, self._reader, thread, time.monotonic())
+        self._scrub = Scrub(self._thread_reader, opened.state.queues, self._reader, self._thread, time.monotonic())
         self._retention = Retention(
             log=opened.log,
             reader=self._log_reader,
@@ -107,17 +111,17 @@ class MessageStore:
             state=opened.state,
             space=opened.space,
             index=self._index,
-            thread=thread,
+            thread=self._thread,
             clock_ms=clock_ms,
             snapshot_floor=lambda: self._snapshotter.floor,
             append_change=self.append_change,
             flush=self._flush,
         )
         self._commits = OffsetCommits(
-            opened.state.tables.offsets, self._appender.append_changes, interval_ms=config.offsets_interval_ms
+            opened.state.tables.offsets, self._appender.append_changes, interval_ms=self._config.offsets_interval_ms
         )
         self._housekeeping = Housekeeping(
-            config,
+            self._config,
             log=opened.log,
             writer=self._writer,
             appender=self._appender,
@@ -128,11 +132,8 @@ class MessageStore:
             retention=self._retention,
             scrub=self._scrub,
             space=opened.space,
-            thread=thread,
+            thread=self._thread,
         )
-        self.failed = failed
-        self.store_uuid = opened.store_uuid
-        self.recovery = opened.report
 
     # ---- tables, read only
 
@@ -490,7 +491,6 @@ __all__ = [
     "ConsumeQueue",
     "FlushMode",
     "MessageStore",
-    "OffsetRun",
     "ReadResult",
     "ReadStatus",
     "RealDisk",

@@ -23,7 +23,11 @@ def modules() -> list[Path]:
 
 def tracked() -> list[Path]:
     listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     return [ROOT / name for name in listed.splitlines() if (ROOT / name).is_file()]
 
@@ -46,7 +50,9 @@ def test_sizes_and_docstrings(path: Path) -> None:
             length = (node.end_lineno or node.lineno) - node.lineno + 1
             assert length <= FUNCTION_LINES_MAX, f"{node.name} has {length} lines: at most {FUNCTION_LINES_MAX}"
     for node in tree.body:
-        public = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and not node.name.startswith("_")
+        public = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and not node.name.startswith(
+            "_"
+        )
         if public and not ast.get_docstring(node):
             undocumented.append(node.name)
     assert not undocumented, f"public names without a docstring: {undocumented}"

@@ -13,7 +13,7 @@ from kitemq.cli.session import ExitCode
 from tests.certificates import make_certificates
 from tests.cli.conftest import Run, Start
 from tests.cluster import Broker, Cluster, Namesrv
-from tests.flaky_proxy import FlakyProxy
+from tests.flaky_proxy import FlakyProxy, flaky_proxy
 
 
 @pytest_asyncio.fixture
@@ -76,6 +76,24 @@ async def test_one_namesrv_of_two_is_lost(cluster: Cluster, run: Run) -> None:
     doctor = await run("doctor", **where)
     assert doctor.code == ExitCode.FAILED
     assert "broken  namesrv 127.0.0.1:1: cannot be reached from here (connection refused)" in doctor.out
+
+
+async def test_produce_says_at_once_that_there_is_no_cluster(cluster: Cluster, start: Start) -> None:
+    # Nothing is ever typed.
+    nobody = await (await start("produce", "orders", KITEMQ_NAMESRV="127.0.0.1:1")).end()
+    assert nobody.code == ExitCode.UNREACHABLE
+    assert nobody.err.startswith("Error: no namesrv answers (127.0.0.1:1: cannot reach it: connection refused)")
+    await cluster.broker.stop()
+    namesrv_only = await (await start("produce", "orders")).end()
+    assert namesrv_only.code == ExitCode.UNREACHABLE
+    assert namesrv_only.err.startswith("Error: no broker is registered with the namesrv")
+    assert len(nobody.err.splitlines()) == len(namesrv_only.err.splitlines()) == 1
+
+
+async def test_a_namesrv_far_away(cluster: Cluster, run: Run) -> None:
+    async with flaky_proxy(cluster.namesrv_address) as far:
+        far.delay_s = 0.15  # and so 0.3 s until the connection is set up
+        assert (await run("cluster", "list", KITEMQ_NAMESRV=far.address)).code == ExitCode.OK
 
 
 async def findings(run: Run, *words: str, **environment: str) -> tuple[ExitCode, list[dict[str, Any]]]:
@@ -199,3 +217,19 @@ async def test_doctor_and_tls(cluster: Cluster, tmp_path: Path, run: Run) -> Non
     missing = await run("--tls-ca", "/nonexistent/ca.pem", "cluster", "list")
     assert missing.code == ExitCode.USAGE
     assert "TLS file '/nonexistent/ca.pem'" in missing.err
+
+
+async def test_ctrl_c_does_not_wait_for_a_broker_that_is_stuck(
+    cluster: Cluster, proxy: FlakyProxy, start: Start, run: Run
+) -> None:
+    await run("topic", "create", "orders", "--queues", "1", "--broker", "broker-b")
+    await run("produce", "orders", stdin="a\n")
+    consuming = await start("consume", "orders", "--group", "g", "--from", "first")
+    await consuming.until(lambda: consuming.out == b"a\n")
+    proxy.drop_replies = True
+    result = await consuming.interrupt()
+    assert (result.code, result.err) == (ExitCode.INTERRUPTED, "Stopped without an answer from the cluster.\n")
+    proxy.drop_replies = False
+    proxy.cut()
+    again = await run("consume", "orders", "--group", "g", "--from", "first", "--idle", "2s")
+    assert again.out in ("", "a\n")  # the commit may have arrived

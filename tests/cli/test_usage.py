@@ -111,6 +111,7 @@ def test_the_command_is_light() -> None:
         (["broker", "config", "b", "--set", "x"], "'x' is not name=value"),
         (["--namesrv", "nowhere", "topic", "list"], "address 'nowhere' is not host:port"),
         (["topic", "list", "--namesrv", "a:99999"], "address 'a:99999' is not host:port"),
+        (["topic", "list", "--namesrv", "http://a:9876"], "address 'http://a:9876' is not host:port"),
         (["--namesrv", "", "cluster", "list"], "no namesrv address given"),
         (["topic", "create", "no spaces"], "may hold letters, digits"),
         (["group", "describe", "x" * 121], "at most 120"),

@@ -372,6 +372,7 @@ async def test_bad_input(cluster: Cluster) -> None:
         {"prefetch_bytes": 1},
         {"commit_interval_s": 0},
         {"from_where": datetime(2026, 1, 1)},  # noqa: DTZ001
+        {"from_where": "first"},
     ):
         with pytest.raises(kitemq.InvalidRequestError):
             kitemq.PullConsumer(namesrv, **({"group": "audit"} | options))

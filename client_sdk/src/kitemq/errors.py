@@ -256,7 +256,7 @@ def error_from_rpc(error: grpc.aio.AioRpcError, *, address: str, topic: str | No
     text = error.details() or error.code().name
     if cls is BrokerUnavailableError and ERROR_METADATA_KEY not in metadata:
         # gRPC's own words name every address and layer; its last clause is the reason.
-        text = f"cannot reach it: {text.rpartition(': ')[2].lower()}"
+        text = f"cannot reach it: {text.rpartition(': ')[2].lower().rstrip(']')}"
     return cls(
         text,
         topic=topic,

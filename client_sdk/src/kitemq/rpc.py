@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import secrets
 import socket
 import weakref
@@ -35,9 +36,13 @@ CHANNEL_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.http2.max_pings_without_data", 0),
     # A broker that restarts is back within seconds: don't wait for gRPC's default of up to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
+    # In spite of its name: how long setting up a connection may take. TCP, TLS and settings are four round trips. Below
+    # the 3 s of a request, so that it ends as "not reached" and not as "no answer".
+    ("grpc.min_reconnect_backoff_ms", 2_000),
 ]
+
+_HOST = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+(%[A-Za-z0-9._-]+)?\]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +150,8 @@ def parse_addresses(addresses: str | list[str] | tuple[str, ...]) -> list[str]:
     if not result:
         raise InvalidRequestError("no namesrv address given: pass 'host:9876', several separated by ';'")
     for item in result:
-        host, colon, port = item.rpartition(":")
-        if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
+        host, _, port = item.rpartition(":")
+        if not _HOST.fullmatch(host) or not port.isdecimal() or not 0 < int(port) < 65536:
             raise InvalidRequestError(f"address {item!r} is not host:port")
     return result
 

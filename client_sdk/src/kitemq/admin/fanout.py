@@ -15,6 +15,8 @@ from kitemq.rpc import Channels, UnaryMethod, call
 RequestT = TypeVar("RequestT")
 ResponseT = TypeVar("ResponseT")
 
+NO_BROKER = "no broker is registered with the namesrv: start one, or wait for it"
+
 
 class Stubs:
     """Both services of one broker's port."""
@@ -68,7 +70,7 @@ class ClusterCalls:
         if missing:
             raise NotFoundError(f"no master {', '.join(missing)}; the namesrv knows {_names(known) or 'none'}")
         if not masters:
-            raise BrokerUnavailableError("no broker is registered with the namesrv: start one, or wait for it")
+            raise BrokerUnavailableError(NO_BROKER)
         return masters
 
     async def readable(self) -> list[BrokerInfo]:
@@ -77,7 +79,7 @@ class ClusterCalls:
         for broker in await self.brokers():
             chosen.setdefault(broker.broker_name, broker)
         if not chosen:
-            raise BrokerUnavailableError("no broker is registered with the namesrv: start one, or wait for it")
+            raise BrokerUnavailableError(NO_BROKER)
         return list(chosen.values())
 
     async def call(self, broker: BrokerInfo, pick: Pick[RequestT, ResponseT], request: RequestT) -> ResponseT:

@@ -14,11 +14,13 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from kitemq.admin import AdminClient
+from kitemq.admin.fanout import NO_BROKER
 from kitemq.cli.messages import parse_message_line
 from kitemq.cli.options import Connection
 from kitemq.cli.output import bytes_text, count_text, note
 from kitemq.cli.session import ExitCode, exit_code_of
-from kitemq.errors import InvalidRequestError, KiteMQError
+from kitemq.errors import BrokerUnavailableError, InvalidRequestError, KiteMQError
 from kitemq.message import Message, SendReceipt, SendStatus
 from kitemq.producer import Producer
 
@@ -70,7 +72,8 @@ class LineProducer:
         self._unproven: Counter[SendStatus] = Counter()
 
     async def run(self) -> ExitCode:
-        """Send everything; the exit code. Raises what opening the producer raises."""
+        """Send everything; the exit code. Raises BrokerUnavailableError when there is no cluster."""
+        await self._check_cluster()
         if sys.stdin.isatty():
             note(f"One message to {self._template.topic} a line; Ctrl-D ends.")
         began = time.monotonic()
@@ -83,6 +86,12 @@ class LineProducer:
         if self._refused is not None:
             return exit_code_of(self._refused)
         return ExitCode.FAILED if self.failed else ExitCode.OK
+
+    async def _check_cluster(self) -> None:
+        # The producer waits for a cluster that is not there; whoever types wants to know.
+        async with AdminClient(self._connection.namesrv, tls=self._connection.tls_config()) as admin:
+            if not await admin.list_brokers():
+                raise BrokerUnavailableError(NO_BROKER)
 
     async def _send_all(self, producer: Producer) -> None:
         workers = [asyncio.create_task(self._work(producer)) for _ in range(IN_FLIGHT)]

@@ -81,6 +81,10 @@ class ConsumerOptions:
         _within("drain_timeout_s", self.drain_timeout_s, 0, 24 * 3600)
         if isinstance(self.from_where, datetime):
             timestamp_ms(self.from_where)
+        elif not isinstance(self.from_where, Position):
+            raise InvalidRequestError(
+                f"from_where is {self.from_where!r}: give Position.FIRST, Position.LAST or a datetime"
+            )
 
     def addresses(self) -> list[str]:
         """Of the namesrvs."""

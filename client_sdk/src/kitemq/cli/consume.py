@@ -11,6 +11,9 @@ from kitemq.cli.messages import MessageFormat, MessagePrinter
 from kitemq.cli.options import NamesrvOption, connection, parse_span_option, parse_time_option
 from kitemq.cli.session import run
 
+# After Ctrl-C: how long the last commit and the goodbye may take.
+TIDY_UP_S = 2.0
+
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
@@ -57,5 +60,6 @@ def consume(
             count=count,
             idle_s=idle_s,
             printer=MessagePrinter(output),
-        )
+        ),
+        tidy_up_s=TIDY_UP_S,
     )

@@ -42,16 +42,16 @@ class Stopped(Exception):
         self.exit_code = exit_code
 
 
-def run(verb: Coroutine[Any, Any, T]) -> T:
+def run(verb: Coroutine[Any, Any, T], *, tidy_up_s: float | None = None) -> T:
     """The verb's result. Ends the command with the fitting exit code when it fails or is stopped.
 
-    The first Ctrl-C (or SIGTERM) cancels the verb, which tidies up; a second one leaves at once.
+    The first Ctrl-C (or SIGTERM) cancels the verb, which tidies up, for tidy_up_s at most; a second one leaves at once.
     """
     from kitemq.errors import KiteMQError
 
     logging.getLogger("kitemq").addHandler(_WarningsToStderr(logging.WARNING))
     try:
-        result = asyncio.run(_stoppable(verb))
+        result = asyncio.run(_stoppable(verb, tidy_up_s))
         sys.stdout.flush()
     except Stopped as stopped:
         raise typer.Exit(stopped.exit_code) from None
@@ -85,10 +85,14 @@ def exit_code_of(error: KiteMQError) -> ExitCode:
     return ExitCode.FAILED
 
 
-async def _stoppable(verb: Coroutine[Any, Any, T]) -> T:
+async def _stoppable(verb: Coroutine[Any, Any, T], tidy_up_s: float | None) -> T:
     loop = asyncio.get_running_loop()
     task = asyncio.ensure_future(verb)
     received: list[int] = []
+
+    def leave(number: int) -> None:
+        note("Stopped without an answer from the cluster.")
+        os._exit(128 + number)
 
     def stop(number: int) -> None:
         if received:
@@ -96,6 +100,8 @@ async def _stoppable(verb: Coroutine[Any, Any, T]) -> T:
         received.append(number)
         logging.getLogger("kitemq").setLevel(logging.CRITICAL)  # what is given up now is no news
         task.cancel()
+        if tidy_up_s is not None:
+            loop.call_later(tidy_up_s, leave, number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop, number)

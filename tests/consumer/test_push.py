@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -197,6 +198,22 @@ async def test_handlers_that_outlive_the_drain_are_cancelled(cluster: Cluster) -
     assert sorted(gate.cancelled) == numbers(0, 3)
     assert committed(cluster.broker, "billing", "orders") == {0: 0}
     await eventually(lambda: not sdk_tasks())
+
+
+async def test_a_handler_that_swallows_its_cancellation_does_not_hang_the_stop(cluster: Cluster) -> None:
+    await cluster.broker.create_topic("orders", queues=1)
+    await send_to(cluster, QUEUE, numbers(0, 10))
+    begun: list[str] = []
+
+    async def handle(message: ReceivedMessage) -> None:
+        begun.append(message.body.decode())
+        with suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+
+    async with consuming(cluster, handle, concurrency=2, drain_timeout_s=0):
+        await eventually(lambda: len(begun) == 2)
+    await eventually(lambda: not sdk_tasks())
+    assert len(begun) == 2
 
 
 async def test_cancelling_run_drains_too(cluster: Cluster) -> None:

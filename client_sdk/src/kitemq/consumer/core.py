@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from collections.abc import Collection, Iterable
 from typing import Protocol
 
@@ -31,6 +32,10 @@ REBALANCE_S = 20.0
 RETRY_S = 1.0
 # How long the member that gives a queue up has to commit it, before the one that takes it over asks for the offset.
 HAND_OVER_WAIT_S = 0.3
+# How long a member of a group of over SMALL_GROUP waits at most before it looks who has come or gone.
+SMALL_GROUP = 50
+LOOK_DELAY_PER_MEMBER_S = 0.001
+LOOK_DELAY_MAX_S = 0.5
 NAMES_LOGGED_MAX = 16
 
 
@@ -91,7 +96,7 @@ class ConsumerCore:
             brokers=self.brokers,
             tasks=tasks,
             info=self.sharing.info,
-            changed=self.rebalance_soon,
+            changed=self._group_changed,
             refused=owner.refused,
             offsets_reset=self._offsets_reset,
         )
@@ -103,8 +108,9 @@ class ConsumerCore:
         # Queues that are ours, and when (loop time) the member that had them will have committed them.
         self._due: dict[MessageQueue, float] = {}
         self._rebalance_wanted = asyncio.Event()
-        self._retry: asyncio.TimerHandle | None = None
+        self._look: asyncio.TimerHandle | None = None
         self._loops: list[asyncio.Task[None]] = []
+        self._resets = 0
         # Queues have been taken or given up. Whoever waits for it clears it first.
         self.changed = asyncio.Event()
 
@@ -126,8 +132,8 @@ class ConsumerCore:
         self.routes.remove_listener(self._route_changed)
         for task in self._loops:
             task.cancel()
-        if self._retry is not None:
-            self._retry.cancel()
+        if self._look is not None:
+            self._look.cancel()
         await asyncio.gather(*self._loops, return_exceptions=True)
         self._release(list(self.held.values()))
         await asyncio.gather(*self._releasing.values())
@@ -192,8 +198,17 @@ class ConsumerCore:
         except KiteMQError as error:
             logger.debug("consumer: no route topic=%s error=%s", topic, error)
 
+    def _group_changed(self) -> None:
+        """Small groups look at once. In a big one everybody would ask for a long list at every single arrival."""
+        members = self.membership.size
+        if members <= SMALL_GROUP:
+            self.rebalance_soon()
+        else:
+            self._rebalance_in(random.uniform(0.0, min(members * LOOK_DELAY_PER_MEMBER_S, LOOK_DELAY_MAX_S)))
+
     def _offsets_reset(self, address: str) -> None:
         logger.info("consumer: offsets were reset group=%s broker=%s", self._options.group, address)
+        self._resets += 1
         for held in list(self.held.values()):
             route = self.routes.peek(held.queue.topic)
             brokers = route.brokers.get(held.queue.broker_name, ()) if route else ()
@@ -250,6 +265,7 @@ class ConsumerCore:
     async def _acquire(self, queues: Iterable[MessageQueue]) -> None:
         wanted = [queue for queue in queues if queue not in self.held]
         free = [queue for queue in wanted if queue not in self._releasing]
+        resets = self._resets
         found = await self.store.load(free) if free else {}
         offsets = {queue: offset for queue, offset in found.items() if offset is not None}
         starts = await self._starts([queue for queue, offset in found.items() if offset is None])
@@ -257,6 +273,9 @@ class ConsumerCore:
         if starts and decided:
             # Where a group begins is decided once: whoever takes the queue over next must not begin later.
             starts = (await self._save(starts, durable=True)).offsets
+        if self._resets != resets:  # what was loaded may be out of date
+            self.rebalance_soon()
+            return
         for queue, offset in (offsets | starts).items():
             if self._wants(queue):
                 committed = offset if queue in offsets or decided else None
@@ -298,12 +317,19 @@ class ConsumerCore:
         self.changed.set()
 
     def _retry_soon(self) -> None:
-        def retry() -> None:
-            self._retry = None
+        self._rebalance_in(RETRY_S)
+
+    def _rebalance_in(self, delay_s: float) -> None:
+        def look() -> None:
+            self._look = None
             self.rebalance_soon()
 
-        if self._retry is None:
-            self._retry = asyncio.get_running_loop().call_later(RETRY_S, retry)
+        loop = asyncio.get_running_loop()
+        if self._look is not None:
+            if self._look.when() <= loop.time() + delay_s:
+                return
+            self._look.cancel()
+        self._look = loop.call_later(delay_s, look)
 
     # ---- giving up ----
 
@@ -362,7 +388,7 @@ class ConsumerCore:
         anyhow: dict[HeldQueue, int] = {}
         for held in queues:
             offset = self._owner.done_offset(held)
-            if offset != held.committed:
+            if offset != held.committed or (durable and not held.committed_durably):
                 (anyhow if held.rewound else forward)[held] = offset
         errors: list[KiteMQError] = []
         for offsets, reset in ((forward, False), (anyhow, True)):
@@ -377,6 +403,7 @@ class ConsumerCore:
                 for held, offset in offsets.items():
                     if held.queue in saved.offsets:
                         held.committed = offset
+                        held.committed_durably = durable
                         held.rewound = False
         return errors
 

@@ -54,6 +54,7 @@ class Dispatcher:
         self._parked: list[asyncio.Future[None]] = []
         # The one that has been woken and has not run yet.
         self._standby: asyncio.Future[None] | None = None
+        self._stopping = False
 
     def start(self, tasks: BackgroundTasks) -> None:
         for number, worker in enumerate(self._workers):
@@ -62,6 +63,7 @@ class Dispatcher:
 
     async def stop(self) -> None:
         """Cancel the workers, with any handler that still runs."""
+        self._stopping = True
         running = [worker.task for worker in self._workers if worker.task is not None]
         for task in running:
             task.cancel()
@@ -76,7 +78,7 @@ class Dispatcher:
 
     async def _work(self, worker: _Worker) -> None:
         turn_ends = monotonic() + TURN_S
-        while True:
+        while not self._stopping:  # a handler may swallow the cancellation
             chunk = self._next_chunk()
             if chunk is None:
                 await self._park(worker)

@@ -76,6 +76,11 @@ class MemberView:
             found.update(members)
         return found
 
+    @property
+    def size(self) -> int:
+        """How many members the broker that knows most of them has named."""
+        return max(map(len, self._known.values()), default=0)
+
     def next_change_s(self) -> float | None:
         """When `members` may change by itself."""
         return min((until_s for until_s, _ in self._missed.values()), default=None)
@@ -119,6 +124,11 @@ class Membership:
     def followed(self) -> set[str]:
         """Addresses of the brokers on which this consumer is a member, or tries to be."""
         return set(self._followed)
+
+    @property
+    def size(self) -> int:
+        """How many members were known when they were last asked for."""
+        return self._view.size
 
     async def heartbeat_forever(self) -> None:
         """Every 30 s to every broker. Ends by cancellation."""

@@ -107,13 +107,15 @@ class HeldQueue:
     fetch_offset: first queue offset that has not been received. credit_*: what the broker may still send.
     waiting_messages: received and not begun. cached_bytes: received and not finished.
     paused, parked: hand nothing out; what has come meanwhile.
-    committed: what the offset store is known to hold. rewound: the next commit may move it backwards.
+    committed: what the offset store is known to hold; committed_durably: whatever happens to the broker.
+    rewound: the next commit may move backwards.
     """
 
     __slots__ = (
         "cached_bytes",
         "chunks",
         "committed",
+        "committed_durably",
         "credit_bytes",
         "credit_messages",
         "dropped",
@@ -135,6 +137,7 @@ class HeldQueue:
         self.filter = filter
         self.fetch_offset = offset
         self.committed = committed
+        self.committed_durably = True
         self.last_epoch = 0
         self.chunks: deque[Chunk] = deque()
         self.retries: dict[int, Chunk] = {}

@@ -132,7 +132,6 @@ class BrokerPull:
         self._outbox_filled = asyncio.Event()
         self._last_number = 0
         self._reopening: dict[HeldQueue, asyncio.TimerHandle] = {}
-        self._answered = False
         # The route has changed: connect now, or to another address.
         self._route_changed = asyncio.Event()
 
@@ -213,6 +212,7 @@ class BrokerPull:
 
     async def run(self) -> None:
         """Keeps the stream up. Ends by cancellation."""
+        loop = asyncio.get_running_loop()
         backoff_s = BACKOFF_FIRST_S
         refresh = False
         try:
@@ -221,9 +221,9 @@ class BrokerPull:
                 address = await self._locate(refresh=refresh)
                 refresh = True
                 if address is not None:
-                    self._answered = False
+                    began = loop.time()
                     await self._serve_until_broken(address)
-                    if self._answered:
+                    if loop.time() - began > BACKOFF_MAX_S:
                         backoff_s = BACKOFF_FIRST_S
                 try:
                     async with asyncio.timeout(random.uniform(0.5, 1.0) * backoff_s):
@@ -326,7 +326,6 @@ class BrokerPull:
             reply = await call.read()
             if not isinstance(reply, bytes):  # EOF
                 return
-            self._answered = True
             header, records_bytes = split_reply(reply)
             held = self._open.get(header.number)
             if held is None:
@@ -451,11 +450,14 @@ class Fetcher:
         name = held.queue.broker_name
         if name not in self._streams:
             return
-        pull, task = self._streams[name]
+        pull, _ = self._streams[name]
         pull.remove(held)
-        if pull.empty:
-            del self._streams[name]
-            task.cancel()
+        if pull.empty:  # often the same queue comes back at once, at another offset
+            asyncio.get_running_loop().call_soon(self._close_if_empty, name)
+
+    def _close_if_empty(self, name: str) -> None:
+        if name in self._streams and self._streams[name][0].empty:
+            self._streams.pop(name)[1].cancel()
 
     def refill(self, held: HeldQueue) -> None:
         """To be called when messages of the queue have been begun or finished, or it is no longer paused."""

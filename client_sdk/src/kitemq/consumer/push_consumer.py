@@ -54,7 +54,8 @@ class PushConsumer(ConsumerClient):
     prefetch_messages, prefetch_bytes, span_max: per queue, what is read ahead, and how many queue offsets may lie
     between the oldest unfinished message and the newest. A slow handler stops the reading there.
     retry_backoff_s: how long a failed message waits, by attempt; the last one goes on for ever.
-    drain_timeout_s: how long handlers may go on when the consumer stops or a queue moves; then they are cancelled.
+    drain_timeout_s: how long handlers may go on when the consumer stops, before they are cancelled (a plain function
+    goes on in its thread), or when a queue moves, before the offset is handed over without what they do.
     handler_warn_s: a handler that runs longer is logged.
     """
 

@@ -31,8 +31,9 @@ class BackgroundTasks:
             self._failed(error)
 
     async def stop(self) -> None:
-        """Cancel all tasks and wait until they are gone, also when the caller is cancelled meanwhile."""
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        """Cancel all tasks and wait until they are gone."""
+        while self._tasks:
+            tasks = list(self._tasks)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)

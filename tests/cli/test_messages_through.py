@@ -143,7 +143,8 @@ async def test_ctrl_c_commits_what_was_printed(cluster: Cluster, start: Start, r
     }
 
 
-async def test_ctrl_c_while_producing(cluster: Cluster, start: Start) -> None:
+async def test_ctrl_c_while_producing(cluster: Cluster, start: Start, run: Run) -> None:
+    await run("topic", "create", "orders")
     producing = await start("produce", "orders")
     await producing.write("one\ntwo\nthr")
     watching = await start("tail", "orders", "-f", "-n", "10")

@@ -163,6 +163,7 @@ class Recovery:
             at = max(position + 1, segment.base)
             while (found := find_record(self._reader, at, segment.end_offset)) is not None:
                 proven = 0
+                at = found.end_offset
                 for record in read_records(self._reader, found.physical_offset, segment.end_offset):
                     at = record.end_offset
                     if self._plausible(record):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 import pytest_asyncio
 
 import kitemq
-from kitemq import Message, MessageQueue
+from kitemq import Message, MessageQueue, sync
 from kitemq.proto.v1 import message_pb2
 from tests.cluster import Cluster, running_cluster
 from tests.flaky_proxy import FlakyProxy, flaky_proxy
@@ -136,10 +138,6 @@ async def test_a_body_that_compresses_is_stored_small_and_read_whole(cluster: Cl
 
 
 def test_the_sync_producer_sends_from_many_threads(tmp_path: Path) -> None:
-    import threading
-
-    from kitemq import sync
-
     ready, done = threading.Event(), threading.Event()
     address: list[str] = []
 
@@ -178,3 +176,16 @@ def test_the_sync_producer_sends_from_many_threads(tmp_path: Path) -> None:
     finally:
         done.set()
         server.join()
+
+
+def test_the_sync_producer_has_the_same_names_and_arguments() -> None:
+    inner = {"broker_failed", "delivered", "failed", "move", "start_send"}  # between the producer and its senders
+
+    def methods(cls: type) -> dict[str, str]:
+        return {
+            name: str(inspect.signature(method).replace(return_annotation=inspect.Signature.empty))
+            for name, method in inspect.getmembers(cls, inspect.isfunction)
+            if not name.startswith("_") and name not in inner
+        }
+
+    assert methods(kitemq.Producer) == methods(sync.Producer)

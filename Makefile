@@ -8,7 +8,7 @@ SERVICES := $(shell cd proto && grep -l '^service' $(PROTOS))
 PROTOC = $(BIN)/python -m grpc_tools.protoc -I proto --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy \
 	--plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc
 
-.PHONY: bench bench-growth help env demo test check format stubs clean
+.PHONY: bench bench-growth soak-store help env demo test check format stubs clean
 
 help: ## What can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -41,6 +41,9 @@ check: $(READY) ## Format, lint, types, layers, stubs
 
 test: check ## Every check and test
 	$(BIN)/pytest -q
+
+soak-store: $(READY) ## Random crash histories of the store, N=100000 of them; SEED=n for where to begin
+	$(BIN)/python -m tests.crash.soak --count $(or $(N),20000) $(if $(SEED),--seed $(SEED))
 
 bench: $(READY) ## Speed and memory against bare gRPC, some 7 minutes; JSON=FILE: the rows too
 	$(BIN)/kitemq bench suite --data build/bench $(if $(JSON),--json $(JSON))

@@ -147,9 +147,11 @@ class Clients:
         offset = message_pb2.GroupOffset(
             group=group, topic=topic, queue_id=queue_id, queue_offset=rng.randint(0, 30), reset=rng.random() < 0.2
         )
+        durable = rng.random() < 0.4
+        start_offset = self.opened._log.end_offset
         with self.offsets_watched():
             try:
-                self.opened.commit_offsets([offset], durable=rng.random() < 0.4)
+                end_offset = self.opened.commit_offsets([offset], durable=durable)
             except (StoreFullError, BrokerBusyError):
                 self.refused_count += 1
                 return
@@ -157,6 +159,8 @@ class Clients:
                 self.model.commit((group, topic, queue_id), offset.queue_offset, reset=offset.reset)
                 raise
             self.model.commit((group, topic, queue_id), offset.queue_offset, reset=offset.reset)
+            if durable:
+                self.model.offsets_recorded(start_offset, end_offset)
 
     @contextmanager
     def offsets_watched(self) -> Iterator[None]:

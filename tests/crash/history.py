@@ -334,7 +334,9 @@ class History(Clients):
         """Nothing that was promised is lost, nothing was invented, everything derived is right; clients go on."""
         store, model = self.opened, self.model
         # Starts that did not get far enough may have left epoch records of their own.
-        recovered_end = min(start.first_physical_offset for start in store.epochs if start.epoch > self.epoch)
+        begun = [start.first_physical_offset for start in store.epochs if start.epoch > self.epoch]
+        assert begun, f"epoch {self.epoch} is begun again"
+        recovered_end = min(begun)
         self.epoch = store.epoch
         assert recovered_end >= survives, f"the log ends at {recovered_end}, {survives} was promised"
         assert not store.recovery.damages, f"nothing is damaged: {store.recovery.damages}"

@@ -18,13 +18,14 @@ from kitemq_server.store.filenames import Layout, offset_name, parse_offset_name
 
 ENTRY = struct.Struct(">QIQ")
 ENTRY_BYTES = ENTRY.size
+_PATHS_MAX = 20_000
 _POSITION = struct.Struct(">Q")
 
 
 class QueueFiles:
     """The files of all consume queues."""
 
-    __slots__ = ("_cache", "_new_directories", "_unsynced", "disk", "entries_per_file", "layout")
+    __slots__ = ("_cache", "_new_directories", "_paths", "_unsynced", "disk", "entries_per_file", "layout")
 
     def __init__(self, disk: Disk, layout: Layout, *, entries_per_file: int, open_files_max: int) -> None:
         self.disk = disk
@@ -33,11 +34,19 @@ class QueueFiles:
         self._cache = FileCache(open_files_max)
         self._unsynced: set[Path] = set()  # written since the last snapshot; the store's thread's
         self._new_directories: set[Path] = set()
+        # Making a path costs more than writing the file: half of a snapshot with many queues.
+        self._paths: dict[tuple[str, int, int], Path] = {}
 
     def path(self, topic: str, queue_id: int, file_number: int) -> Path:
         """The file with the entries from number file_number * entries_per_file on."""
-        name = offset_name(file_number * self.entries_per_file * ENTRY_BYTES)
-        return self.layout.queue(topic, queue_id) / name
+        key = (topic, queue_id, file_number)
+        path = self._paths.get(key)
+        if path is None:
+            if len(self._paths) >= _PATHS_MAX:
+                self._paths.clear()
+            name = offset_name(file_number * self.entries_per_file * ENTRY_BYTES)
+            path = self._paths[key] = self.layout.queue(topic, queue_id) / name
+        return path
 
     def pieces(self, first: int, count: int) -> Iterator[tuple[int, int, int]]:
         """(file number, first entry within the file, count) of `count` entries from `first`."""

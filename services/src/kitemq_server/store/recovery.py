@@ -130,10 +130,10 @@ class Recovery:
                     return position
             if position >= end:
                 break
+            unproven = self._proven <= position and segment is self._log.segments[-1] and not self._group
+            if unproven and is_zero(self._reader, position, end):
+                return position  # row C
             if not self._is_rot(position):
-                is_last = segment is self._log.segments[-1]
-                if is_last and not self._group and is_zero(self._reader, position, end):
-                    return position  # row C
                 return self._torn(position)  # row D
             following = self._next_valid(position, end)
             self._group.clear()

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 from kitemq.proto.v1 import message_pb2
 from kitemq.protocol.record import FLAG_GROUP_CONTINUES, KIND_EPOCH, KIND_MESSAGE, KIND_METADATA
+from kitemq_server.store.opening import identity_bytes
 from kitemq_server.store.record import build_record, roll_record, system_payload
 from tests.crash.crash_disk import CrashDisk
 from tests.store.helpers import LAYOUT, NOW_MS, message, small
@@ -86,8 +85,7 @@ class LogFiles:
         disk = CrashDisk(LAYOUT.root)
         for directory in LAYOUT.directories():
             disk.mkdir(directory)
-        identity = {"store_uuid": STORE_UUID, "format_version": 1, "segment_bytes": small().segment_bytes}
-        disk.overwrite(LAYOUT.store_json, json.dumps(identity).encode())
+        disk.overwrite(LAYOUT.store_json, identity_bytes(STORE_UUID, small().segment_bytes))
         last = max(self.segments)
         for base, data in self.segments.items():
             disk.overwrite(LAYOUT.segment(base), bytes(data) + bytes(zeros if base == last else 0))

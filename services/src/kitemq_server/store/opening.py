@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
+
 from kitemq_server.store.commit_log import CommitLog, LogReader
 from kitemq_server.store.config import StoreConfig
 from kitemq_server.store.consume_queue import QueueFiles
@@ -97,24 +99,40 @@ def _open_locked(disk: Disk, layout: Layout, lock: Lock, config: StoreConfig) ->
     return Opened(disk, layout, lock, store_uuid, log, space, state, snapshots, next_epoch, recovery.report)
 
 
+def identity_bytes(store_uuid: str, segment_bytes: int) -> bytes:
+    """The content of store.json."""
+    identity: dict[str, Any] = {
+        "store_uuid": store_uuid,
+        "format_version": FORMAT_VERSION,
+        "segment_bytes": segment_bytes,
+    }
+    return json.dumps({**identity, "crc32c": _identity_crc(identity)}, indent=2).encode() + b"\n"
+
+
+def _identity_crc(identity: dict[str, Any]) -> int:
+    """CRC-32C of "uuid version segment_bytes"."""
+    values = (identity.get("store_uuid"), identity.get("format_version"), identity.get("segment_bytes"))
+    return int(google_crc32c.value(" ".join(map(str, values)).encode()))
+
+
 def _identity(disk: Disk, layout: Layout, config: StoreConfig) -> str:
     """Checks store.json, or writes it for a new store; returns the store's uuid."""
     try:
-        identity: dict[str, Any] = json.loads(read_file(disk, layout.store_json))
+        data = read_file(disk, layout.store_json)
     except FileNotFoundError:
         if disk.listdir(layout.commit_log):
             raise StoreOpenError(f"{layout.store_json} is missing, but there is a commit log: restore it") from None
-        identity = {
-            "store_uuid": str(uuid.uuid4()),
-            "format_version": FORMAT_VERSION,
-            "segment_bytes": config.segment_bytes,
-        }
-        replace_file(disk, layout.store_json, json.dumps(identity, indent=2).encode() + b"\n")
+        data = identity_bytes(str(uuid.uuid4()), config.segment_bytes)
+        replace_file(disk, layout.store_json, data)
+    try:
+        identity: dict[str, Any] = json.loads(data)
     except ValueError as error:
         raise StoreOpenError(f"{layout.store_json} is not valid JSON ({error}): restore it") from error
     version = identity.get("format_version")
     if version != FORMAT_VERSION:
         raise StoreOpenError(f"{layout.root} has format version {version}; this program reads {FORMAT_VERSION}")
+    if identity.get("crc32c") != _identity_crc(identity):
+        raise StoreOpenError(f"{layout.store_json} is damaged, its checksum is wrong: restore it")
     if identity.get("segment_bytes") != config.segment_bytes:
         raise StoreOpenError(
             f"{layout.root} was made with segment_bytes={identity.get('segment_bytes')}, the configuration says "

@@ -96,6 +96,19 @@ async def test_a_namesrv_far_away(cluster: Cluster, run: Run) -> None:
         assert (await run("cluster", "list", KITEMQ_NAMESRV=far.address)).code == ExitCode.OK
 
 
+async def test_a_port_of_another_service(cluster: Cluster, run: Run) -> None:
+    result = await run("topic", "list", KITEMQ_NAMESRV=cluster.broker.address)
+    assert result.code == ExitCode.FAILED
+    assert result.err.startswith("Error: it does not know this request: is this the port of another service")
+
+
+async def test_tls_to_a_port_without_it(cluster: Cluster, run: Run) -> None:
+    result = await run("--tls", "topic", "list")
+    assert result.code == ExitCode.UNREACHABLE
+    assert "cannot reach it: TLS handshake failed (wrong version number)" in result.err
+    assert len(result.err.splitlines()) == 1
+
+
 async def findings(run: Run, *words: str, **environment: str) -> tuple[ExitCode, list[dict[str, Any]]]:
     # gRPC itself says on stderr that a TLS handshake failed, unless it is told not to.
     result = await run(*words, "doctor", "-o", "json", **environment, GRPC_VERBOSITY="NONE")

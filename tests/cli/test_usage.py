@@ -112,6 +112,7 @@ def test_the_command_is_light() -> None:
         (["--namesrv", "nowhere", "topic", "list"], "address 'nowhere' is not host:port"),
         (["topic", "list", "--namesrv", "a:99999"], "address 'a:99999' is not host:port"),
         (["topic", "list", "--namesrv", "http://a:9876"], "address 'http://a:9876' is not host:port"),
+        (["produce", "bad topic!"], "topic name 'bad topic!' may hold"),
         (["--namesrv", "", "cluster", "list"], "no namesrv address given"),
         (["topic", "create", "no spaces"], "may hold letters, digits"),
         (["group", "describe", "x" * 121], "at most 120"),

@@ -31,6 +31,7 @@ travels in the trailing metadata `kitemq-error`, or in `Error.name` inside a str
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
 
 import grpc
@@ -234,6 +235,8 @@ def _table() -> dict[str, type[KiteMQError]]:
 
 ERRORS: dict[str, type[KiteMQError]] = _table()
 
+_OPENSSL_REASON = re.compile(r"OPENSSL_internal:(\w+)")
+
 # What a status means when the peer is not ours (a proxy) or died before it could say more.
 _BY_CODE: dict[grpc.StatusCode, type[KiteMQError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequestError,
@@ -248,15 +251,24 @@ _BY_CODE: dict[grpc.StatusCode, type[KiteMQError]] = {
 }
 
 
+def unreached_reason(details: str) -> str:
+    """Why a connection failed, out of gRPC's words, which name every address and layer."""
+    if openssl := _OPENSSL_REASON.search(details):
+        return f"TLS handshake failed ({openssl[1].lower().replace('_', ' ')})"
+    return details.rpartition(": ")[2].lower().rstrip("]")
+
+
 def error_from_rpc(error: grpc.aio.AioRpcError, *, address: str, topic: str | None = None) -> KiteMQError:
     """The table's error for a failed call."""
     metadata = {key: value for key, value in (error.trailing_metadata() or ()) if isinstance(value, str)}
     cls = ERRORS.get(metadata.get(ERROR_METADATA_KEY, "")) or _BY_CODE.get(error.code(), InternalBrokerError)
     retry_after = metadata.get(RETRY_AFTER_METADATA_KEY, "")
     text = error.details() or error.code().name
-    if cls is BrokerUnavailableError and ERROR_METADATA_KEY not in metadata:
-        # gRPC's own words name every address and layer; its last clause is the reason.
-        text = f"cannot reach it: {text.rpartition(': ')[2].lower().rstrip(']')}"
+    if ERROR_METADATA_KEY not in metadata:
+        if cls is BrokerUnavailableError:
+            text = f"cannot reach it: {unreached_reason(text)}"
+        elif error.code() is grpc.StatusCode.UNIMPLEMENTED:
+            text = "it does not know this request: is this the port of another service, or an older version?"
     return cls(
         text,
         topic=topic,

@@ -103,29 +103,42 @@ def root(
 @app.command(epilog="\b\nExample:\n  kitemq-server health --address 127.0.0.1:9876")
 def health(
     address: Annotated[str, typer.Option(metavar="HOST:PORT", help="A namesrv or broker.")] = "127.0.0.1:10911",
-    service: Annotated[str, typer.Option(help="One service of it, as kitemq.v1.Broker; empty = all.")] = "",
+    service: Annotated[
+        str, typer.Option(metavar="NAME", help="One service of it, as kitemq.v1.Broker; empty = all.")
+    ] = "",
     tls_ca: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Speak TLS, and trust this authority (PEM).")
     ] = None,
-    timeout_s: Annotated[float, typer.Option(min=0.1, max=60.0, help="Seconds to wait for the answer.")] = 3.0,
+    tls_cert: Annotated[Path | None, typer.Option(metavar="FILE", help="Client certificate (PEM).")] = None,
+    tls_key: Annotated[Path | None, typer.Option(metavar="FILE", help="Its key (PEM).")] = None,
+    timeout_s: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0.1, max=60.0, help="How long to wait for the answer.")
+    ] = 3.0,
 ) -> None:
     """Ask a service whether it serves: exit code 0 or 1."""
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+    from kitemq.errors import unreached_reason
+
+    if (tls_cert is None) != (tls_key is None) or (tls_cert is not None and tls_ca is None):
+        raise typer.BadParameter("--tls-cert and --tls-key go together, and with --tls-ca")
     if tls_ca is None:
         channel = grpc.insecure_channel(address)
     else:
         try:
-            channel = grpc.secure_channel(address, grpc.ssl_channel_credentials(tls_ca.read_bytes()))
+            ca, key, certificate = (path.read_bytes() if path else None for path in (tls_ca, tls_key, tls_cert))
         except OSError as error:
-            raise typer.BadParameter(f"cannot read {tls_ca}: {error.strerror}") from None
+            raise typer.BadParameter(f"cannot read {error.filename}: {error.strerror}") from None
+        channel = grpc.secure_channel(address, grpc.ssl_channel_credentials(ca, key, certificate))
     with channel:
         try:
             request = health_pb2.HealthCheckRequest(service=service)
             status = health_pb2_grpc.HealthStub(channel).Check(request, timeout=timeout_s).status
         except grpc.RpcError as error:
-            _fail(f"{address}: {error.details() or error.code().name}")
+            details = error.details() or error.code().name
+            reason = unreached_reason(details) if error.code() is grpc.StatusCode.UNAVAILABLE else details
+            _fail(f"{address}: {reason}")
     name = health_pb2.HealthCheckResponse.ServingStatus.Name(status)
     if status != health_pb2.HealthCheckResponse.SERVING:
         _fail(f"{address}: {name}")
@@ -138,7 +151,10 @@ def dump(
         Path, typer.Argument(metavar="FILE|DIR", exists=True, help="A segment, or a broker's data folder.")
     ],
 ) -> None:
-    """Print every record of a log, one JSON object a line, damage included; the broker need not run."""
+    """Print every record of a log, one JSON object a line.
+
+    Damage is among them. The broker need not run.
+    """
     from kitemq_server.store.dump import dump_segment
 
     damaged = False
@@ -238,7 +254,8 @@ def _standalone() -> tuple[type[ServiceConfig], Callable[[Any], int]]:
 SERVICES: dict[str, tuple[Callable[[], tuple[type[ServiceConfig], Callable[[Any], int]]], str, str]] = {
     "standalone": (
         _standalone,
-        "Run namesrv and broker in one process: all that a laptop or a test needs.",
+        "Run namesrv and broker in one process, for a laptop or a test.\n\n"
+        "What else the two can be told is read from KITEMQ_BROKER_<KEY> and KITEMQ_NAMESRV_<KEY> in the environment.",
         "kitemq-server standalone --data /var/lib/kitemq --flush-mode SYNC_FLUSH",
     ),
     "namesrv": (
@@ -297,7 +314,7 @@ def _parameters(model: type[ServiceConfig]) -> Iterator[inspect.Parameter]:
 def _metavar(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "|".join(get_args(kind))
-    names = {bool: "true|false", int: "NUMBER", Path: "PATH", Path | None: "PATH"}
+    names = {bool: "[true|false]", int: "NUMBER", Path: "PATH", Path | None: "PATH"}
     return names.get(kind, "BYTES" if getattr(kind, "__name__", "") == "ByteSize" else "TEXT")
 
 
@@ -316,8 +333,9 @@ def _start(
             _note(f"Error: {line}")
         return EXIT_USAGE
     logs.configure(level=config.log_level, log_format=config.log_format)
-    for name in unknown_environment(model):
-        logging.getLogger(__name__).warning("no setting is called so, ignored variable=%s", name)
+    for part in (model, *config.parts):
+        for name in unknown_environment(part):
+            logging.getLogger(__name__).warning("no setting is called so, ignored variable=%s", name)
     return serve(config)
 
 

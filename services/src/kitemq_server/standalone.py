@@ -15,7 +15,7 @@ from pydantic_settings import SettingsConfigDict
 from kitemq_server.broker.config import BrokerConfig, FlushMode
 from kitemq_server.broker.server import BrokerHandle, run_broker
 from kitemq_server.common.addresses import DEFAULT_LISTENER, Listener
-from kitemq_server.common.config import Listeners, MetricsAddress, ServiceConfig, load
+from kitemq_server.common.config import Listeners, MetricsAddress, ServiceConfig, load, set_in_environment
 from kitemq_server.namesrv.config import NamesrvConfig
 from kitemq_server.namesrv.server import NamesrvHandle, run_namesrv
 from kitemq_server.store.memory_disk import MemoryDisk
@@ -23,6 +23,17 @@ from kitemq_server.store.memory_disk import MemoryDisk
 # A host name may change with every container; the queues' names must not.
 BROKER_NAME = "standalone"
 EPHEMERAL_SEGMENT_BYTES = 64 * 1024 * 1024
+
+# Keys of the parts that standalone decides, and those of its own that they follow from.
+BROKER_KEYS = {
+    "broker_name": "",
+    "data_dir": "data",
+    "listen": "listen",
+    "namesrv": "",
+    "metrics_listen": "metrics_listen",
+    "flush_mode": "flush_mode",
+}
+NAMESRV_KEYS = {"listen": "namesrv_listen", "data_dir": "data", "metrics_listen": "metrics_listen"}
 
 
 class StandaloneConfig(ServiceConfig):
@@ -32,6 +43,7 @@ class StandaloneConfig(ServiceConfig):
     """
 
     model_config = SettingsConfigDict(env_prefix="KITEMQ_STANDALONE_")
+    parts = (BrokerConfig, NamesrvConfig)
 
     data: Path = Field(default=Path("kitemq-data"), description="folder of all data; made when it is missing")
     ephemeral: bool = Field(default=False, description="keep everything in memory, and nothing after the stop")
@@ -60,6 +72,16 @@ class StandaloneConfig(ServiceConfig):
     def _data_or_ephemeral(self) -> Self:
         if self.ephemeral and "data" in self.model_fields_set:
             raise ValueError("data and ephemeral exclude each other: choose one")
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_is_lost(self) -> Self:
+        # What standalone decides for its parts would override their own variables without a word.
+        for model, decided in ((BrokerConfig, BROKER_KEYS), (NamesrvConfig, NAMESRV_KEYS)):
+            for key, own in decided.items():
+                if lost := set_in_environment(model, [key]):
+                    use = f"set --{own.replace('_', '-')} or KITEMQ_STANDALONE_{own.upper()}" if own else "leave it out"
+                    raise ValueError(f"{lost[0]} has no effect under standalone: {use}")
         return self
 
 

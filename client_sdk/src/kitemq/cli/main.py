@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -111,6 +112,8 @@ def root(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command and exit with its code."""
+    # What gRPC says of a connection that fails is in our own errors.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         outcome = get_command(app).main(args=arguments, prog_name="kitemq", standalone_mode=False)
     except typer.TyperException as error:

@@ -23,6 +23,7 @@ from kitemq.cli.session import ExitCode, exit_code_of
 from kitemq.errors import BrokerUnavailableError, InvalidRequestError, KiteMQError
 from kitemq.message import Message, SendReceipt, SendStatus
 from kitemq.producer import Producer
+from kitemq.protocol.names import check_topic
 
 PRODUCER_GROUP = "kitemq-cli"
 IN_FLIGHT = 1024
@@ -72,7 +73,8 @@ class LineProducer:
         self._unproven: Counter[SendStatus] = Counter()
 
     async def run(self) -> ExitCode:
-        """Send everything; the exit code. Raises BrokerUnavailableError when there is no cluster."""
+        """Send everything; the exit code. Raises what the command fails with before it reads a line."""
+        check_topic(self._template.topic)
         await self._check_cluster()
         if sys.stdin.isatty():
             note(f"One message to {self._template.topic} a line; Ctrl-D ends.")

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from kitemq.errors import InvalidRequestError
 from kitemq.proto.v1.admin_pb2 import ConfigItem
 from kitemq_server.broker.config import BrokerConfig
-from kitemq_server.common.config import value_text
+from kitemq_server.common.config import in_words, value_text
 
 log = logging.getLogger(__name__)
 
@@ -67,14 +67,12 @@ class Settings:
     def _parse(self, key: str, text: str) -> Any:
         field = BrokerConfig.model_fields.get(key)
         if field is None:
-            raise InvalidRequestError(f"there is no key {key[:60]!r}: GetConfig lists them")
+            raise InvalidRequestError(f"there is no key {key[:60]!r}: 'kitemq broker config' lists them")
         if key not in LiveSettings.__slots__:
             raise InvalidRequestError(f"{key} cannot be changed while the broker runs: set it and restart")
         try:
             adapter: TypeAdapter[Any] = TypeAdapter(Annotated[field.annotation, field])  # type: ignore[arg-type]
             return adapter.validate_python(text)
         except ValidationError as error:
-            problem = error.errors()[0]["msg"].removeprefix("Value error, ")
-            raise InvalidRequestError(
-                f"{key}: {text[:60]!r} does not fit: {problem[:1].lower()}{problem[1:]}"
-            ) from None
+            problem = in_words(dict(error.errors()[0]), given=text[:60])
+            raise InvalidRequestError(f"{key}: {problem}") from None

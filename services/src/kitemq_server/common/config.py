@@ -10,9 +10,9 @@ import os
 import re
 import tomllib
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from pydantic_settings import (
@@ -55,6 +55,9 @@ class ServiceConfig(BaseSettings):
     """Base of every service's model; a subclass names its environment prefix in `model_config`."""
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid", enable_decoding=False, validate_default=False)
+
+    # Models of the services that this one is made of: they read their own variables.
+    parts: ClassVar[tuple[type[ServiceConfig], ...]] = ()
 
     # Why INFO: one line per change of state, none per message.
     log_level: LogLevel = Field(default="INFO", description="DEBUG, INFO, WARNING or ERROR")
@@ -150,6 +153,13 @@ def unknown_environment(model: type[ServiceConfig]) -> list[str]:
     )
 
 
+def set_in_environment(model: type[ServiceConfig], keys: Iterable[str]) -> list[str]:
+    """The variables that set these keys of the service, in the order of the keys."""
+    prefix = str(model.model_config.get("env_prefix", ""))
+    present = {name.upper() for name in os.environ}
+    return [name for key in keys if (name := f"{prefix}{key}".upper()) in present]
+
+
 def value_text(value: object) -> str:
     """A value as a flag or the environment would give it."""
     match value:
@@ -178,9 +188,8 @@ def _check_file(path: Path) -> None:
 def _problem(
     model: type[ServiceConfig], detail: dict[str, Any], flags: Mapping[str, object], config_file: Path | None
 ) -> str:
-    message = str(detail["msg"]).removeprefix("Value error, ")
     if not detail["loc"]:
-        return message
+        return _message(detail)
     key = str(detail["loc"][0])
     variable = f"{model.model_config.get('env_prefix', '')}{key}".upper()
     if key in flags:
@@ -192,14 +201,15 @@ def _problem(
     if detail["type"] == "extra_forbidden":
         close = difflib.get_close_matches(key, model.model_fields, n=1)
         return f"{key}: no such key" + (f", did you mean {close[0]}?" if close else "") + f" [{origin}]"
-    return f"{key}: {_in_words(detail, message, given=flags.get(key, detail['input']))} [{origin}]"
+    return f"{key}: {in_words(detail, given=flags.get(key, detail['input']))} [{origin}]"
 
 
-def _in_words(detail: dict[str, Any], message: str, *, given: object) -> str:
+def in_words(detail: Mapping[str, Any], *, given: object) -> str:
+    """What the library found wrong with `given`, in words for people."""
     context = detail.get("ctx", {})
     match detail["type"]:
         case "value_error":
-            return message
+            return _message(detail)
         case "int_parsing" | "int_type" | "int_from_float" | "int_parsing_size":
             rule = "must be a whole number"
         case "bool_parsing" | "bool_type":
@@ -217,8 +227,13 @@ def _in_words(detail: dict[str, Any], message: str, *, given: object) -> str:
         case "string_type" | "path_type":
             rule = "must be text"
         case _:
+            message = _message(detail)
             rule = message[:1].lower() + message[1:]
     return f"{rule}, not {given!r}"
+
+
+def _message(detail: Mapping[str, Any]) -> str:
+    return str(detail["msg"]).removeprefix("Value error, ")
 
 
 def _words(names: set[str]) -> str:

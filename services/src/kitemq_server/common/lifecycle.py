@@ -60,7 +60,9 @@ def _report(error: Exception, mendable: tuple[type[Exception], ...]) -> int:
     while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]
     if isinstance(error, (ConfigError, *mendable)):
-        logger.error("%s", error)
+        # Without a file name the text says all there is, and "[Errno 98]" nothing.
+        text = error.strerror if isinstance(error, OSError) and error.filename is None else None
+        logger.error("%s", text or error)
         return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED
     logger.error("failed", exc_info=error)
     return EXIT_FAILED

@@ -196,12 +196,13 @@ def _namesrv() -> tuple[type[ServiceConfig], Callable[[Any], int]]:
     from kitemq_server.namesrv.config import NamesrvConfig
 
     def serve(config: NamesrvConfig) -> int:
-        from kitemq_server.common.lifecycle import run
+        from kitemq_server.common.lifecycle import run, settle
         from kitemq_server.namesrv.server import run_namesrv
 
         async def service(stop: Any) -> None:
             async with run_namesrv(config) as namesrv:
                 _serving("namesrv", config.listen, namesrv)
+                settle()
                 await stop.wait()
 
         return run(service)
@@ -214,12 +215,13 @@ def _broker() -> tuple[type[ServiceConfig], Callable[[Any], int]]:
 
     def serve(config: BrokerConfig) -> int:
         from kitemq_server.broker.server import StoreFailedError, run_broker
-        from kitemq_server.common.lifecycle import run
+        from kitemq_server.common.lifecycle import run, settle
         from kitemq_server.store.errors import StoreOpenError
 
         async def service(stop: Any) -> None:
             async with run_broker(config) as broker:
                 _serving("broker", config.listen, broker)
+                settle()
                 await stop.wait()
 
         return run(service, mendable=(StoreOpenError, StoreFailedError))
@@ -232,7 +234,7 @@ def _standalone() -> tuple[type[ServiceConfig], Callable[[Any], int]]:
 
     def serve(config: StandaloneConfig) -> int:
         from kitemq_server.broker.server import StoreFailedError
-        from kitemq_server.common.lifecycle import run
+        from kitemq_server.common.lifecycle import run, settle
         from kitemq_server.standalone import run_standalone
         from kitemq_server.store.errors import StoreOpenError
 
@@ -243,6 +245,7 @@ def _standalone() -> tuple[type[ServiceConfig], Callable[[Any], int]]:
                 where = "in memory" if config.ephemeral else f"in {config.data}"
                 _print(f"KiteMQ is serving on {both.namesrv.address}, data {where}. Ctrl-C stops it.")
                 sys.stdout.flush()
+                settle()
                 await stop.wait()
 
         return run(service, mendable=(StoreOpenError, StoreFailedError))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -20,6 +21,9 @@ EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
 
+# A young collection for every so many new objects: what a burst of requests holds for a moment is not worth a look.
+YOUNG_OBJECTS = 10_000
+
 Service = Callable[[asyncio.Event], Awaitable[None]]
 
 
@@ -31,6 +35,15 @@ def run(service: Service, *, mendable: tuple[type[Exception], ...] = ()) -> int:
     ConfigError (exit code 2), ServeError, OSError and those in `mendable`.
     """
     return asyncio.run(_run(service, (ServeError, OSError, *mendable)))
+
+
+def settle() -> None:
+    """Once a service is up: what is there stays, so the garbage collector need not look at it again.
+
+    A full collection over all that a broker has imported takes 25 to 75 ms, and every message waits for it.
+    """
+    gc.freeze()
+    gc.set_threshold(YOUNG_OBJECTS, 10, 10)
 
 
 async def _run(service: Service, mendable: tuple[type[Exception], ...]) -> int:

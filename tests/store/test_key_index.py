@@ -64,7 +64,7 @@ async def test_ids_are_found_at_once_and_when_written(new_buckets: Callable[[], 
             assert found_body(store, "nobody") is None
             assert found_body(store, "") is None
             await indexed(store)
-        assert not list(store._index.waiting())
+        assert not list(store._index.waiting(store.confirm_offset))
 
 
 async def test_keys_are_found_newest_first_within_times(new_buckets: Callable[[], Buckets]) -> None:

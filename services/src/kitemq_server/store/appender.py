@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from kitemq.errors import BrokerUnavailableError, InvalidMessageError
+from kitemq.errors import BrokerUnavailableError, InvalidMessageError, InvalidRequestError
 from kitemq.proto.v1 import message_pb2
 from kitemq.protocol.record import KIND_EPOCH, KIND_LIVE_FLOOR, KIND_METADATA, RECORD_BYTES_MIN, TRAILER_BYTES
 from kitemq_server.store.batch import AppendReceipt, ClientBatch, OffsetRun
@@ -70,6 +70,8 @@ class Appender:
         byte_count = 0
         for batch in batches:
             sizes = list(map(len, batch.parts))
+            assert 0 < len(sizes) == len(batch.tags_codes) == len(batch.message_ids)
+            assert not batch.keys or len(batch.keys) == len(sizes)
             if max(sizes) > self._part_bytes_max:
                 raise InvalidMessageError(
                     f"message has {max(sizes)} bytes encoded: at most {self._part_bytes_max}", topic=batch.topic
@@ -95,7 +97,7 @@ class Appender:
                         queues[queue] = None
                 runs.append(batch_runs)
             builder.write()
-        except OSError as error:
+        except Exception as error:  # also of a bug: memory and log may not agree any more
             raise self._failed(error) from error
         end_offset = builder.position
         if queues:
@@ -109,16 +111,19 @@ class Appender:
     def append_changes(self, changes: Sequence[message_pb2.SystemRecord]) -> int:
         """Appends system records, several as a group, applies them, and returns their physical end."""
         payloads = [system_payload(change) for change in changes]
+        largest = max(map(len, payloads))
+        if largest > self._part_bytes_max:
+            raise InvalidRequestError(f"change has {largest} bytes encoded: at most {self._part_bytes_max}")
         kind = _KINDS.get(changes[0].WhichOneof("change") or "", KIND_METADATA)
         builder = self._begin(sum(map(len, payloads)) + RECORD_BYTES_MIN * len(payloads), client=False)
         try:
             builder.add_group(kind, payloads)
             builder.write()
-        except OSError as error:
+            gone: list[ConsumeQueue] = []
+            for change in changes:
+                gone += self._state.apply_change(change, self._state.last_store_timestamp_ms)
+        except Exception as error:
             raise self._failed(error) from error
-        gone: list[ConsumeQueue] = []
-        for change in changes:
-            gone += self._state.apply_change(change, self._state.last_store_timestamp_ms)
         self.record_count += len(changes)
         self._end(builder.position, gone)
         return builder.position
@@ -149,7 +154,7 @@ class Appender:
             self._writer.flush_soon()
         self._confirmation.written(self._writer.written_offset)
 
-    def _failed(self, error: OSError) -> BrokerUnavailableError:
+    def _failed(self, error: Exception) -> BrokerUnavailableError:
         self._on_failure(error)
         assert self._confirmation.failed
         return self._confirmation.error()

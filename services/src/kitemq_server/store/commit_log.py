@@ -26,16 +26,18 @@ class Segment:
     """One file of the log.
 
     base, end_offset and allocated are physical offsets: of the first byte, after the last record, and after the bytes
-    that are sure to have space. file: open while it is written or not flushed yet; the writer's alone.
+    that are sure to have space. file: open while it is written or not flushed yet; the writer's alone. sealed: its file
+    ends with its last record.
     """
 
-    __slots__ = ("allocated", "base", "end_offset", "file")
+    __slots__ = ("allocated", "base", "end_offset", "file", "sealed")
 
     def __init__(self, base: int, end_offset: int, allocated: int, file: File | None = None) -> None:
         self.base = base
         self.end_offset = end_offset
         self.allocated = allocated
         self.file = file
+        self.sealed = False
 
 
 class CommitLog:

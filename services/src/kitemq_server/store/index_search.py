@@ -38,13 +38,13 @@ class IndexSearch:
 
     def by_id(self, message_id: str, confirm_offset: int) -> Record | None:
         """The newest record below `confirm_offset` with this message id."""
-        for record in self._candidates_by_id(message_id):
+        for record in self._candidates_by_id(message_id, confirm_offset):
             if record.end_offset <= confirm_offset and _has_id(record, message_id):
                 return record
         return None
 
-    def _candidates_by_id(self, message_id: str) -> Iterator[Record]:
-        for fed in self._index.waiting():
+    def _candidates_by_id(self, message_id: str, confirm_offset: int) -> Iterator[Record]:
+        for fed in self._index.waiting(confirm_offset):
             if fed.run is not None and fed.run.may_hold(message_id):
                 yield from self._read(fed.run)
             for batch in fed.unnamed:
@@ -86,7 +86,7 @@ class IndexSearch:
                     found[physical_offset] = record
             return len(found) >= count_max
 
-        if not any(map(take, self._waiting_with_key(topic, key))):
+        if not any(map(take, self._waiting_with_key(topic, key, confirm_offset))):
             prefix = key_prefix(topic, key)
             for bucket in reversed(self._buckets.names()):
                 if begin_ms >= (bucket + BUCKET_S) * 1000:
@@ -95,8 +95,8 @@ class IndexSearch:
                     break
         return list(found.values())
 
-    def _waiting_with_key(self, topic: str, key: str) -> Iterator[int]:
-        for fed in self._index.waiting():
+    def _waiting_with_key(self, topic: str, key: str, confirm_offset: int) -> Iterator[int]:
+        for fed in self._index.waiting(confirm_offset):
             for batch in reversed(fed.keyed):
                 if batch.topic == topic:
                     for index in reversed(range(len(batch.keys))):

@@ -141,9 +141,9 @@ class KeyIndex:
             self._fed_entries = 0
             self._feed_from = end
 
-    def waiting(self) -> Iterator[Fed]:
-        """What is not in the buckets yet, newest first."""
-        return chain(reversed(self._feed), reversed(self._taken))
+    def waiting(self, confirm_offset: int) -> Iterator[Fed]:
+        """What is confirmed and not in the buckets yet, newest first."""
+        return (fed for fed in chain(reversed(self._feed), reversed(self._taken)) if fed.end <= confirm_offset)
 
     def work(self, confirm_offset: int, run_steps: Callable[[Iterator[None]], None]) -> None:
         """Hands what is confirmed to the thread, unless it is still busy."""

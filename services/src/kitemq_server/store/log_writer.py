@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from kitemq.errors import BrokerBusyError, StoreFullError
 from kitemq_server.store.commit_log import CommitLog, Segment
-from kitemq_server.store.config import StoreConfig
+from kitemq_server.store.config import FlushMode, StoreConfig
 from kitemq_server.store.confirm import Confirmation
 from kitemq_server.store.disk import syncing, write_all
 from kitemq_server.store.record import ROLL_BYTES
@@ -147,9 +147,7 @@ class LogWriter:
 
     def _begin(self, sealed: Segment, following: Segment) -> None:
         """Loop or thread: truncates the segment that has ended, makes the next one's file and its first step."""
-        assert sealed.file is not None
-        sealed.file.truncate(sealed.end_offset - sealed.base)
-        sealed.allocated = sealed.end_offset
+        self._space.seal(sealed)
         if following.file is None:
             following.file = self._log.disk.open(self._log.layout.segment(following.base), create=True)
             self._directory_dirty = True
@@ -230,6 +228,8 @@ class LogWriter:
         self.pending_bytes -= byte_count
         self._slow = slow
         self._confirmation.written(end_offset)
+        if self._config.flush_mode is FlushMode.SYNC_FLUSH:
+            self.flush_soon()  # the flush that was asked for may have come before this write
 
     # ---- flush
 
@@ -282,7 +282,7 @@ class LogWriter:
         for segment in self._log.segments:
             if segment.end_offset > self._flushed_offset and segment.base < target and segment.file is not None:
                 segment.file.fdatasync()
-                if segment is not self._log.segments[-1] and segment.allocated == segment.end_offset <= target:
+                if segment.sealed and segment.end_offset <= target:
                     segment.file.close()
                     segment.file = None
 
@@ -291,9 +291,8 @@ class LogWriter:
         self.flush()
         segment = self._log.segments[-1]
         if segment.file is not None and not self._pending:
-            segment.file.truncate(segment.end_offset - segment.base)
+            self._space.seal(segment)
             segment.file.fdatasync()
-            segment.allocated = segment.end_offset
 
     def close(self) -> None:
         """Closes the files that are open for writing. After the thread's end."""

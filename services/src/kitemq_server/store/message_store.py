@@ -265,8 +265,7 @@ class MessageStore:
 
     def read_record(self, physical_offset: int) -> Record | None:
         """The confirmed record that begins at `physical_offset`, checked; None when there is none or it is damaged."""
-        record = self._log_reader.record_at(physical_offset)
-        return record if record is not None and record.end_offset <= self.confirm_offset else None
+        return self._log_reader.record_at(physical_offset) if physical_offset < self.confirm_offset else None
 
     def find_by_id(self, message_id: str) -> Record | None:
         """The newest confirmed message with this id."""

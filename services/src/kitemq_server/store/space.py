@@ -49,8 +49,16 @@ class Space:
     def allocate(self, segment: Segment, end_offset: int) -> None:
         """Makes sure of space up to `end_offset`, a whole step at a time. Raises OSError."""
         with self._lock:
-            if end_offset > segment.allocated:
+            if end_offset > segment.allocated and not segment.sealed:
                 self._extend(segment, end_offset, self._config.allocate_bytes)
+
+    def seal(self, segment: Segment) -> None:
+        """Gives back what the segment did not need; nothing is allocated to it any more. Raises OSError."""
+        assert segment.file is not None
+        with self._lock:
+            segment.file.truncate(segment.end_offset - segment.base)
+            segment.allocated = segment.end_offset
+            segment.sealed = True
 
     def allocate_from_reserve(self, segment: Segment, end_offset: int) -> None:
         """As `allocate`, for what must be written also on a full disk. Raises OSError."""

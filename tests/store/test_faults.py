@@ -209,6 +209,56 @@ async def test_a_disk_that_stays_slow_makes_sends_come_back_later() -> None:
         assert len(read_all(store)) == count + 1
 
 
+async def test_what_the_thread_writes_late_is_flushed_without_another_append() -> None:
+    disk = new_disk()
+    config = small(flush_mode=FlushMode.SYNC_FLUSH, slow_disk_ms=1)
+    async with opened(disk, config) as store:
+        stall = disk.faults.stall("sync", part="commitlog")
+        store.append([batch(1)])
+        await eventually(stall.entered.is_set)
+        store._writer.flush_soon()  # a flush already waits behind the one that hangs
+        await eventually(store._writer._deferred)
+        receipt = store.append([batch(1)])
+        stall.release()
+        assert await store.wait_confirmed(receipt.end_offset, 20)
+
+
+async def test_a_sealed_segment_stays_as_long_as_its_records() -> None:
+    disk = new_disk()
+    async with opened(disk) as store:
+        await send(store, batch(70, body=b"x" * 1000))
+        sealed = store._log.segments[0]
+        store._space.allocate(sealed, sealed.end_offset + 5000)  # the thread comes too late with its next step
+        await store._flush()
+        assert sealed.file is None
+        assert len(disk.files()[LAYOUT.segment(0)]) == sealed.end_offset
+
+
+async def test_a_batch_that_makes_no_sense_changes_nothing() -> None:
+    async with opened(new_disk()) as store:
+        odd = batch(2)
+        odd.tags_codes = [0]
+        before = store.written_offset
+        with pytest.raises(AssertionError):
+            store.append([batch(1), odd])
+        assert store.written_offset == before
+        await send(store, batch(1, body=b"fine"))
+        assert bodies(store) == [b"fine"]
+
+
+async def test_a_bug_in_the_middle_of_an_append_stops_the_store() -> None:
+    disk = new_disk()
+    async with opened(disk) as store:
+        await send(store, batch(1, body=b"good"))
+        odd = batch(2)
+        odd.parts = [odd.parts[0], "text"]  # type: ignore[list-item]
+        with pytest.raises(BrokerUnavailableError):
+            store.append([batch(1), odd])
+        assert isinstance(await store.failed, TypeError)
+    async with opened(disk.kill(random.Random(0))) as store:
+        assert bodies(store) == [b"good"]
+
+
 async def test_a_failed_write_by_the_thread_is_fatal_too() -> None:
     disk = new_disk()
     async with opened(disk, small(slow_disk_ms=1, flush_interval_ms=1)) as store:

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 
 class Verdict(StrEnum):
+    """Whether a bar was reached."""
+
     PASS = "pass"
     SHORT = "short"
 

@@ -69,6 +69,7 @@ async def serve_orders() -> None:
 
 
 def main() -> None:
+    """Serve the orders on standard input."""
     # select() waits to the microsecond, epoll to the millisecond: a paced sender needs the former. There is one
     # descriptor to wait for whatever the number of connections, because gRPC polls those in a thread of its own.
     with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selectors.SelectSelector())) as runner:

@@ -283,6 +283,20 @@ async def test_blocks_that_cannot_be_read_cost_only_their_records() -> None:
         assert store.damaged_record_count == 1
 
 
+async def test_consume_queues_and_snapshots_that_cannot_be_read_are_done_without() -> None:
+    disk = new_disk()
+    async with opened(disk) as store:
+        await send(store, batch(5))
+    disk.faults.fail("read", part="snapshot/", nth=2)  # the first lists the directory
+    async with opened(disk) as store:
+        assert len(bodies(store)) == 5
+        assert store.recovery.records > 5
+    async with opened(disk) as store:
+        disk.faults.fail("read", part="consumequeue", count=2)
+        assert len(bodies(store)) == 5  # found in the log
+        assert store.damaged_record_count == 0
+
+
 async def test_one_store_per_directory() -> None:
     disk = new_disk()
     async with opened(disk):

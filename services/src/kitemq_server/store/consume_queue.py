@@ -6,6 +6,8 @@ says: bytes beyond its end are overwritten before they count.
 
 from __future__ import annotations
 
+import errno
+import logging
 import struct
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
@@ -15,6 +17,8 @@ from typing import NamedTuple
 from kitemq_server.store.disk import Disk, File, syncing, write_all
 from kitemq_server.store.file_cache import FileCache
 from kitemq_server.store.filenames import Layout, offset_name, parse_offset_name
+
+logger = logging.getLogger(__name__)
 
 ENTRY = struct.Struct(">QIQ")
 ENTRY_BYTES = ENTRY.size
@@ -58,7 +62,7 @@ class QueueFiles:
             count -= part
 
     def read(self, topic: str, queue_id: int, first: int, count: int) -> bytes:
-        """Bytes of `count` entries from `first`; fewer when a file is missing or short."""
+        """Bytes of `count` entries from `first`; fewer when a file is missing, short or cannot be read."""
         out = []
         for number, within, part in self.pieces(first, count):
 
@@ -67,9 +71,17 @@ class QueueFiles:
 
             try:
                 file = self._cache.get((topic, queue_id, number), open_file)
+                data = file.pread(part * ENTRY_BYTES, within * ENTRY_BYTES)
             except FileNotFoundError:
                 break
-            out.append(file.pread(part * ENTRY_BYTES, within * ENTRY_BYTES))
+            except OSError as error:
+                if error.errno != errno.EIO:
+                    raise
+                logger.error("consume queue cannot be read: topic=%s queue_id=%d file=%d", topic, queue_id, number)
+                break
+            out.append(data)
+            if len(data) < part * ENTRY_BYTES:
+                break
         return out[0] if len(out) == 1 else b"".join(out)
 
     def write(self, topic: str, queue_id: int, first: int, data: bytes) -> None:

@@ -110,6 +110,7 @@ class LmdbBuckets:
     def __init__(self, root: Path) -> None:
         self._root = root
         self._environments: dict[int, lmdb.Environment] = {}
+        self._written_bucket = 0  # its environment stays open
         self._lock = threading.Lock()
 
     def names(self) -> list[int]:
@@ -132,6 +133,7 @@ class LmdbBuckets:
         try:
             with self._lock:
                 self._root.mkdir(parents=True, exist_ok=True)
+                self._written_bucket = bucket
                 environment = self._environment(bucket, create=True)
             try:
                 self._write(environment, items, applied)
@@ -180,7 +182,7 @@ class LmdbBuckets:
         environment = self._environments.get(bucket)
         if environment is None:
             while len(self._environments) >= _ENVIRONMENTS_MAX:
-                oldest = min(self._environments)
+                oldest = min(name for name in self._environments if name != self._written_bucket)
                 self._environments.pop(oldest).close()
             # metasync off: a power loss may undo the last transaction, but damages none.
             environment = self._environments[bucket] = lmdb.open(

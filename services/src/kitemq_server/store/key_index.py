@@ -109,8 +109,8 @@ class KeyIndex:
             self._noted_offset = self.applied_offset
 
     def _follows(self, applied: Applied, before: Applied | None) -> bool:
-        if before is None:
-            return True
+        if before is None:  # the oldest: what came before it has been deleted with the log, or is lost
+            return applied.previous_bucket == 0 or applied.previous_offset <= self._thread_reader.log.start_offset
         return applied.previous_bucket == self._newest_bucket and before.physical_offset >= applied.previous_offset
 
     def _drop_from(self, bucket: int) -> None:

@@ -249,10 +249,10 @@ class LogWriter:
         return self._flushed_offset
 
     def flush_soon(self) -> None:
-        """Asks for a flush; what is appended until it begins is covered."""
+        """Asks for a flush; what is appended in this turn of the loop, and until it begins, is covered."""
         if not self._flush_wanted:
             self._flush_wanted = True
-            self._thread.run(self.flush)
+            self._thread.run_later(0, self.flush)
 
     def flush(self) -> None:
         """Thread: everything written so far is on disk when this returns. Raises OSError, which is fatal: so does every

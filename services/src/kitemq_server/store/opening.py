@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,9 +151,12 @@ def _load_snapshots(disk: Disk, layout: Layout, store_uuid: str) -> tuple[list[i
         path = layout.snapshot_file(offsets[-1])
         try:
             return offsets, load_snapshot(disk, path, store_uuid)
-        except SnapshotDamagedError as error:
+        except (SnapshotDamagedError, OSError) as error:
+            if isinstance(error, OSError) and error.errno != errno.EIO:
+                raise
             logger.error("snapshot damaged, the one before is used: path=%s what=%s", path, error)
-            replace_file(disk, layout.damaged / path.name, read_file(disk, path))
+            with suppress(OSError):  # keeping it is a courtesy
+                replace_file(disk, layout.damaged / path.name, read_file(disk, path))
             disk.remove(path)
             disk.fsync_dir(layout.snapshot)
             offsets.pop()

@@ -30,8 +30,7 @@ def check_queues(queues: QueueTable, log_start: int) -> list[ConsumeQueue]:
             broken.append(queue)
             continue
         entry = queue.entry(first)
-        assert entry is not None
-        if first > queue.min_offset and entry[0] > log_start:
+        if entry is None or (first > queue.min_offset and entry[0] > log_start):
             broken.append(queue)  # its first files are gone, and not because the log is
         elif entry[0] < log_start:
             queue.min_offset = first

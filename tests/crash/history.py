@@ -58,6 +58,7 @@ WEIGHTS = {
     "power off soon": 3,
     "fail a sync": 2,
     "fill disk": 3,
+    "an hour later": 2,
     "crash": 7,
     "kill": 5,
     "stop": 3,
@@ -113,6 +114,7 @@ class History(Clients):
             "power off soon": self.power_off_soon,
             "fail a sync": self.fail_a_sync,
             "fill disk": self.fill_disk,
+            "an hour later": self.an_hour_later,
         }
 
     def clock_ms(self) -> int:
@@ -216,6 +218,12 @@ class History(Clients):
     def power_off_soon(self, rng: random.Random) -> None:
         """The power goes off in the middle of one of the next changes of the disk."""
         self.disk.faults.power_off_after(rng.randint(0, 20))
+
+    def an_hour_later(self, rng: random.Random) -> None:
+        """Longer than anybody retries; the key index begins a new bucket."""
+        self.now_ms += 3_600_000
+        for producer in self.producers:
+            producer.sent.clear()
 
     def fill_disk(self, rng: random.Random) -> None:
         """Others have used up the disk, all but little."""

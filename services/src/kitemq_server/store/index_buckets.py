@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 _MAP_BYTES = 16 * 1024**3  # of address space, not of memory or disk
 _ENVIRONMENTS_MAX = 64
 _APPLIED_KEY = b"applied"
+_DAMAGED_MARK = "damaged"  # a file in the directory of a bucket that is to be made again
 _APPLIED = struct.Struct(">16sQIQQ")
 
 Item = tuple[bytes, bytes]
@@ -111,6 +112,7 @@ class LmdbBuckets:
         self._root = root
         self._environments: dict[int, lmdb.Environment] = {}
         self._written_bucket = 0  # its environment stays open
+        self._damaged: set[int] = set()
         self._lock = threading.Lock()
 
     def names(self) -> list[int]:
@@ -119,6 +121,8 @@ class LmdbBuckets:
         return sorted(int(path.name) for path in self._root.iterdir() if path.name.isdigit())
 
     def applied(self, bucket: int) -> Applied | None:
+        if (self._root / str(bucket) / _DAMAGED_MARK).exists():
+            return None
         with self._lock:
             try:
                 with self._environment(bucket, create=False).begin() as transaction:
@@ -153,15 +157,21 @@ class LmdbBuckets:
     def scan_back(self, bucket: int, low: bytes, high: bytes, count_max: int) -> list[Item]:
         found: list[Item] = []
         with self._lock:
+            directory = self._root / str(bucket)
+            if bucket in self._damaged or not directory.is_dir():
+                return found
             try:
                 environment = self._environment(bucket, create=False)
-            except (lmdb.Error, OSError):
-                return found
-            with environment.begin() as transaction, transaction.cursor() as cursor:
-                there = cursor.prev() if cursor.set_range(high) else cursor.last()
-                while there and len(found) < count_max and cursor.key() >= low:
-                    found.append(cursor.item())
-                    there = cursor.prev()
+                with environment.begin() as transaction, transaction.cursor() as cursor:
+                    there = cursor.prev() if cursor.set_range(high) else cursor.last()
+                    while there and len(found) < count_max and cursor.key() >= low:
+                        found.append(cursor.item())
+                        there = cursor.prev()
+            except (lmdb.Error, OSError) as error:
+                logger.error("index bucket damaged, the next start makes it again: path=%s error=%s", directory, error)
+                self._damaged.add(bucket)
+                with suppress(OSError):
+                    (directory / _DAMAGED_MARK).touch()
         return found
 
     def drop(self, bucket: int) -> None:
@@ -169,6 +179,7 @@ class LmdbBuckets:
             environment = self._environments.pop(bucket, None)
             if environment is not None:
                 environment.close()
+            self._damaged.discard(bucket)
             with suppress(FileNotFoundError):
                 shutil.rmtree(self._root / str(bucket))
 

@@ -61,13 +61,16 @@ def _count_of(message_id: str) -> int:
 
 def run_of(start: int, end: int, message_ids: Sequence[str]) -> Run | None:
     """The run that these messages are; None when they are not of one SDK's producer, or too long to be read for one."""
-    lowest, highest = min(message_ids), max(message_ids)
-    # Of equal length and between two that begin alike, all begin alike.
-    if lowest[:_HALF_CHARS] != highest[:_HALF_CHARS] or set(map(len, message_ids)) != _SDK_ID_CHARS:
-        return None
-    if end - start > RUN_BYTES_MAX and len(message_ids) > 1:
-        return None
-    if not is_sdk_id(lowest) or not is_sdk_id(highest):
+    if len(message_ids) == 1:
+        lowest = highest = message_ids[0]
+    else:
+        lowest, highest = min(message_ids), max(message_ids)
+        # Of equal length and between two that begin alike, all begin alike.
+        if lowest[:_HALF_CHARS] != highest[:_HALF_CHARS] or set(map(len, message_ids)) != _SDK_ID_CHARS:
+            return None
+        if end - start > RUN_BYTES_MAX or not is_sdk_id(highest):
+            return None
+    if not is_sdk_id(lowest):
         return None
     return Run(start, end, lowest[:_HALF_CHARS], _count_of(lowest), _count_of(highest))
 

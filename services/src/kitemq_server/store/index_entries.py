@@ -9,6 +9,7 @@ from hashlib import blake2b
 from itertools import chain
 from typing import NamedTuple
 
+from kitemq.protocol.names import GRPC_BYTES_MAX
 from kitemq_server.store.appender import Appended
 from kitemq_server.store.consume_queue import ENTRY
 from kitemq_server.store.index_buckets import Item
@@ -17,6 +18,7 @@ RUN_BYTES_MAX = 256 * 1024  # what a look-up reads for one entry
 
 _OFFSET = struct.Struct(">Q")
 _RUN_VALUE = struct.Struct(">IQ")
+_RUN_KEY_BYTES = 25
 _SDK_ID = re.compile(r"[0-9a-f]{32}")
 _SDK_ID_CHARS = {32}
 _HALF_CHARS = 16
@@ -143,9 +145,13 @@ def offset_of(key: bytes) -> int:
     return int(_OFFSET.unpack(key[-8:])[0])
 
 
-def parse_run(item: Item) -> Run:
-    """The run that an entry states."""
+def parse_run(item: Item) -> Run | None:
+    """The run that an entry states; None for what cannot be one: a bad disk wrote it."""
     key, value = item
+    if len(key) != _RUN_KEY_BYTES or len(value) != _RUN_VALUE.size:
+        return None
     length, highest = _RUN_VALUE.unpack(value)
+    if length > GRPC_BYTES_MAX:  # no append is longer
+        return None
     start = offset_of(key)
     return Run(start, start + length, key[1:9].hex(), _OFFSET.unpack(key[9:17])[0], highest)

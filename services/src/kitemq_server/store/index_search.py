@@ -58,7 +58,7 @@ class IndexSearch:
             if is_sdk_id(message_id):
                 for item in self._buckets.scan_back(bucket, *run_bounds(message_id), _RUNS_TRIED_MAX):
                     run = parse_run(item)
-                    if run.may_hold(message_id):
+                    if run is not None and run.may_hold(message_id):
                         yield from self._read(run)
 
     def _read(self, run: Run) -> Iterator[Record]:

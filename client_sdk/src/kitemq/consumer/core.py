@@ -32,10 +32,13 @@ REBALANCE_S = 20.0
 RETRY_S = 1.0
 # How long the member that gives a queue up has to commit it, before the one that takes it over asks for the offset.
 HAND_OVER_WAIT_S = 0.3
-# How long a member of a group of over SMALL_GROUP waits at most before it looks who has come or gone.
+# Above SMALL_GROUP members, one looks who has come or gone after a random moment, and not again before a pause; both
+# grow with the group.
 SMALL_GROUP = 50
-LOOK_DELAY_PER_MEMBER_S = 0.001
-LOOK_DELAY_MAX_S = 0.5
+LOOK_DELAY_PER_MEMBER_S = 0.0005
+LOOK_DELAY_MAX_S = 0.3
+LOOK_PAUSE_PER_MEMBER_S = 0.005
+LOOK_PAUSE_MAX_S = 2.0
 NAMES_LOGGED_MAX = 16
 
 
@@ -111,6 +114,7 @@ class ConsumerCore:
         self._look: asyncio.TimerHandle | None = None
         self._loops: list[asyncio.Task[None]] = []
         self._resets = 0
+        self._looked_at = 0.0
         # Queues have been taken or given up. Whoever waits for it clears it first.
         self.changed = asyncio.Event()
 
@@ -203,8 +207,10 @@ class ConsumerCore:
         members = self.membership.size
         if members <= SMALL_GROUP:
             self.rebalance_soon()
-        else:
-            self._rebalance_in(random.uniform(0.0, min(members * LOOK_DELAY_PER_MEMBER_S, LOOK_DELAY_MAX_S)))
+            return
+        pause_ends = self._looked_at + min(members * LOOK_PAUSE_PER_MEMBER_S, LOOK_PAUSE_MAX_S)
+        delay_s = random.uniform(0.0, min(members * LOOK_DELAY_PER_MEMBER_S, LOOK_DELAY_MAX_S))
+        self._rebalance_in(max(0.0, pause_ends - asyncio.get_running_loop().time()) + delay_s)
 
     def _offsets_reset(self, address: str) -> None:
         logger.info("consumer: offsets were reset group=%s broker=%s", self._options.group, address)
@@ -245,6 +251,7 @@ class ConsumerCore:
             self._release([held for queue, held in self.held.items() if queue not in self.assigned])
             await self._acquire(self.assigned)
             return
+        self._looked_at = asyncio.get_running_loop().time()
         share = await self.sharing.decide(self.membership, self.held)
         if share is None or not share.complete:
             self._retry_soon()

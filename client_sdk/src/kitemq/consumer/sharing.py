@@ -100,7 +100,6 @@ class Sharing:
                 members = await membership.members()
                 if self._client_id not in members:
                     return None
-            self._warn_of_others(members)
         try:
             take = self._share(routes, members)
         except Exception:
@@ -115,7 +114,8 @@ class Sharing:
         for topic in list(self.subscriptions):
             try:
                 routes[topic] = await self._routes.get(topic)
-                self._first_seen.setdefault(topic, frozenset(routes[topic].readable))
+                if topic not in self._first_seen:
+                    self._first_seen[topic] = frozenset(routes[topic].readable)
             except TopicNotFoundError:
                 self._first_seen.setdefault(topic, frozenset())
             except KiteMQError as error:
@@ -133,13 +133,17 @@ class Sharing:
         membership.follow(addresses)
 
     def _share(self, routes: dict[str, Route], members: Members) -> frozenset[MessageQueue]:
+        if not self._options.clustering:
+            return frozenset(queue for route in routes.values() for queue in route.readable)
+        own = self.info()
+        alike = [client_id for client_id, info in members.items() if info == own]
+        others = {client_id: info for client_id, info in members.items() if info != own}
+        if others.keys() - {self._client_id}:
+            self._warn_of(others, own)
         mine: set[MessageQueue] = set()
         for topic, route in routes.items():
-            if self._options.clustering:
-                ids = sorted(client_id for client_id, info in members.items() if shares(info, topic))
-                mine.update(self._options.allocation(self._client_id, route.readable, ids))
-            else:
-                mine.update(route.readable)
+            ids = sorted([*alike, *(client_id for client_id, info in others.items() if shares(info, topic))])
+            mine.update(self._options.allocation(self._client_id, route.readable, ids))
         return frozenset(mine)
 
     def _is_given_up(self, queue: MessageQueue, routes: dict[str, Route]) -> bool:
@@ -147,22 +151,22 @@ class Sharing:
         route = routes.get(queue.topic)
         return queue.topic not in self.subscriptions or (route is not None and queue.broker_name in route.brokers)
 
-    def _warn_of_others(self, members: Members) -> None:
-        own = list(self.info().subscriptions)
+    def _warn_of(self, others: Members, own: broker_pb2.ConsumerInfo) -> None:
         different = frozenset(
             client_id
-            for client_id, info in members.items()
-            if client_id != self._client_id and info.subscriptions and list(info.subscriptions) != own
+            for client_id, info in others.items()
+            if client_id != self._client_id and info.subscriptions and info.subscriptions != own.subscriptions
         )
         if different - self._warned_of:
             logger.warning(
                 "consumer: members of one group subscribe differently: a topic is shared by those who read it, and "
                 "a message passes the filter of whoever gets it group=%s here=%s others=%s",
                 self._options.group,
-                {item.topic: item.filter for item in own},
-                {
-                    client_id: {item.topic: item.filter for item in members[client_id].subscriptions}
-                    for client_id in sorted(different)
-                },
+                _filters(own),
+                {client_id: _filters(others[client_id]) for client_id in sorted(different)},
             )
         self._warned_of = different
+
+
+def _filters(info: broker_pb2.ConsumerInfo) -> dict[str, str]:
+    return {subscription.topic: subscription.filter for subscription in info.subscriptions}

@@ -260,8 +260,11 @@ class ConsumerCore:
             return
         self._release([self.held[queue] for queue in share.give_up if queue in self.held])
         now = asyncio.get_running_loop().time()
-        due = now if share.alone else now + HAND_OVER_WAIT_S
-        self._due = {queue: min(due, self._due.get(queue, due)) for queue in share.take - self.held.keys()}
+        later = now + HAND_OVER_WAIT_S
+        self._due = {
+            queue: now if queue in share.free else self._due.get(queue, later)
+            for queue in share.take - self.held.keys()
+        }
         ready = [queue for queue, due in self._due.items() if due <= now]
         for queue in ready:
             del self._due[queue]

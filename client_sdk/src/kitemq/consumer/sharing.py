@@ -25,13 +25,14 @@ _FROM_WHERE: dict[Start, broker_pb2.ConsumeFromWhere.ValueType] = {
 class Share:
     """What is ours now: `take` is to be held, `give_up` not any more. Other queues stay as they are.
 
-    complete: False when something could not be asked, and should be soon. alone: nobody else shares the queues.
+    free: those of `take` that no other member can still be at. complete: False when something could not be asked, and
+    should be soon.
     """
 
     take: frozenset[MessageQueue]
+    free: frozenset[MessageQueue]
     give_up: frozenset[MessageQueue]
     complete: bool
-    alone: bool
 
 
 class Sharing:
@@ -43,6 +44,8 @@ class Sharing:
         self._routes = routes
         self.subscriptions: dict[str, str] = {}
         self._first_seen: dict[str, frozenset[MessageQueue]] = {}
+        # Who shared each topic when we last looked.
+        self._last_ids: dict[str, list[str]] = {}
         self._warned_of: frozenset[str] = frozenset()
 
     # ---- what is subscribed ----
@@ -62,6 +65,7 @@ class Sharing:
         """Want it no more."""
         self.subscriptions.pop(topic, None)
         self._first_seen.pop(topic, None)
+        self._last_ids.pop(topic, None)
 
     def is_new(self, topic: str) -> None:
         """There is no such topic: should there be one, it will be read from its first message."""
@@ -101,12 +105,12 @@ class Sharing:
                 if self._client_id not in members:
                     return None
         try:
-            take = self._share(routes, members)
+            take, free = self._share(routes, members)
         except Exception:
             logger.exception("consumer: the allocation strategy failed group=%s: queues stay", self._options.group)
             return None
         give_up = frozenset(queue for queue in held if queue not in take and self._is_given_up(queue, routes))
-        return Share(take, give_up, complete, alone=len(members) < 2)
+        return Share(take, free, give_up, complete)
 
     async def _read_routes(self) -> tuple[dict[str, Route], bool]:
         routes: dict[str, Route] = {}
@@ -132,19 +136,32 @@ class Sharing:
             addresses |= membership.followed
         membership.follow(addresses)
 
-    def _share(self, routes: dict[str, Route], members: Members) -> frozenset[MessageQueue]:
+    def _share(
+        self, routes: dict[str, Route], members: Members
+    ) -> tuple[frozenset[MessageQueue], frozenset[MessageQueue]]:
+        """Ours, and of these the free ones."""
         if not self._options.clustering:
-            return frozenset(queue for route in routes.values() for queue in route.readable)
+            everything = frozenset(queue for route in routes.values() for queue in route.readable)
+            return everything, everything
         own = self.info()
         alike = [client_id for client_id, info in members.items() if info == own]
         others = {client_id: info for client_id, info in members.items() if info != own}
         if others.keys() - {self._client_id}:
             self._warn_of(others, own)
+        allocate = self._options.allocation
         mine: set[MessageQueue] = set()
+        free: set[MessageQueue] = set()
         for topic, route in routes.items():
             ids = sorted([*alike, *(client_id for client_id, info in others.items() if shares(info, topic))])
-            mine.update(self._options.allocation(self._client_id, route.readable, ids))
-        return frozenset(mine)
+            share = allocate(self._client_id, route.readable, ids)
+            mine.update(share)
+            if ids == [self._client_id]:
+                free.update(share)
+            last_ids = self._last_ids.get(topic, [])
+            for gone in set(last_ids).difference(ids):
+                free.update(allocate(gone, route.readable, last_ids))
+            self._last_ids[topic] = ids
+        return frozenset(mine), frozenset(free & mine)
 
     def _is_given_up(self, queue: MessageQueue, routes: dict[str, Route]) -> bool:
         """False for a queue whose broker has vanished: it is kept, and read on when the broker is back."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,15 @@ async def commit_past_proxy(broker: Broker, queue_offset: int, *, last_epoch: in
 
 async def test_cut_connections_lose_and_repeat_nothing(cluster: Cluster) -> None:
     journal = Journal()
+
+    def handled(count: int) -> bool:
+        return len(journal.messages) > count
+
     async with behind_proxy(cluster) as (_, proxy):
         async with consuming(cluster, journal, topic="far", prefetch_messages=20):
-            for cut in range(5):
-                await send_to(cluster, QUEUE, numbers(100 * cut, 100 * cut + 100))
-                await eventually(lambda cut=cut: len(journal.messages) > 100 * cut + 50)
+            for sent in range(0, 500, 100):
+                await send_to(cluster, QUEUE, numbers(sent, sent + 100))
+                await eventually(partial(handled, sent + 50))
                 proxy.cut()
             await eventually(lambda: len(journal.messages) == 500)
             # A queue that was not given up goes on where it was.

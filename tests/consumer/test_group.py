@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from contextlib import AsyncExitStack
+from functools import partial
 
 import pytest
 
@@ -23,6 +24,10 @@ NOTICED_S = 8.0
 
 def shares(*consumers: kitemq.PushConsumer) -> list[int]:
     return [len(consumer.held_queues()) for consumer in consumers]
+
+
+def shares_are(wanted: list[int], *consumers: kitemq.PushConsumer) -> bool:
+    return shares(*consumers) == wanted
 
 
 async def test_members_share_the_queues_and_take_over_from_each_other(cluster: Cluster) -> None:
@@ -70,7 +75,7 @@ async def test_nothing_is_lost_or_skipped_while_members_come_and_go(cluster: Clu
         producing = asyncio.create_task(produce())
         for _ in range(3):
             async with consuming(cluster, journal, commit_interval_s=0.1) as second:
-                await eventually(lambda second=second: shares(first, second) == [3, 3], timeout_s=NOTICED_S)
+                await eventually(partial(shares_are, [3, 3], first, second), timeout_s=NOTICED_S)
             await eventually(lambda: shares(first) == [6], timeout_s=NOTICED_S)
         sending = False
         count = await producing

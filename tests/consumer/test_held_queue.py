@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -108,7 +110,7 @@ TestHeldQueue = HeldQueueModel.TestCase
 
 def test_credit_is_given_when_half_is_used_up() -> None:
     held = held_queue()
-    limits = {"messages_max": 100, "bytes_max": 1_000_000, "span_max": None}
+    limits: dict[str, Any] = {"messages_max": 100, "bytes_max": 1_000_000, "span_max": None}
     assert held.wanted(**limits) == (100, 1_000_000)
     held.credit_messages, held.credit_bytes = 100, 1_000_000
     assert held.wanted(**limits) == (0, 0)
@@ -123,7 +125,7 @@ def test_credit_is_given_when_half_is_used_up() -> None:
 def test_big_messages_are_bounded_by_bytes() -> None:
     held = held_queue()
     chunk = add_chunk(held, [0, 1])
-    limits = {"messages_max": 1000, "bytes_max": chunk.records_bytes, "span_max": None}
+    limits: dict[str, Any] = {"messages_max": 1000, "bytes_max": chunk.records_bytes, "span_max": None}
     held.credit_messages = 998
     held.start(chunk)
     assert held.wanted(**limits) == (0, 0)
@@ -134,7 +136,7 @@ def test_big_messages_are_bounded_by_bytes() -> None:
 
 def test_an_unfinished_message_stops_the_reading_at_the_span() -> None:
     held = held_queue()
-    limits = {"messages_max": 100, "bytes_max": 1_000_000, "span_max": 150}
+    limits: dict[str, Any] = {"messages_max": 100, "bytes_max": 1_000_000, "span_max": 150}
     first = add_chunk(held, list(range(100)))
     held.start(first)
     messages = first.messages

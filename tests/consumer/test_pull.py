@@ -19,9 +19,8 @@ QUEUE = MessageQueue("orders", "broker-a", 0)
 
 
 def puller(cluster: Cluster, **options: Any) -> kitemq.PullConsumer:
-    return kitemq.PullConsumer(
-        cluster.namesrv_address, **({"group": "audit", "from_where": kitemq.Position.FIRST} | options)
-    )
+    defaults: dict[str, Any] = {"group": "audit", "from_where": kitemq.Position.FIRST}
+    return kitemq.PullConsumer(cluster.namesrv_address, **(defaults | options))
 
 
 async def take(consumer: kitemq.PullConsumer, count: int) -> list[ReceivedMessage]:
@@ -365,6 +364,7 @@ async def test_cancelled_at_any_moment_leaves_nothing_behind(cluster: Cluster, t
 
 async def test_bad_input(cluster: Cluster) -> None:
     namesrv = cluster.namesrv_address
+    options: dict[str, Any]
     for options in (
         {"group": "no spaces"},
         {"group": "DEFAULT_CONSUMER"},

@@ -43,8 +43,8 @@ def test_parity(name: str) -> None:
 
 
 def pulling(cluster: Cluster, **options: Any) -> kitemq.sync.PullConsumer:
-    options = {"group": "audit", "from_where": kitemq.Position.FIRST} | options
-    return kitemq.sync.PullConsumer(cluster.namesrv_address, **options)
+    defaults: dict[str, Any] = {"group": "audit", "from_where": kitemq.Position.FIRST}
+    return kitemq.sync.PullConsumer(cluster.namesrv_address, **(defaults | options))
 
 
 async def in_thread(program: Callable[[], None]) -> None:

@@ -161,7 +161,8 @@ def test_a_signal_stops_cleanly(signum: signal.Signals) -> None:
         process.send_signal(signum)
         output, log = process.communicate(timeout=30)
     assert (process.returncode, output) == (0, "stopping\n")
-    assert f"stopping signal={signum.name}" in log
+    assert f"stopping signal={signum.name}" in log.splitlines()[-2]
+    assert log.splitlines()[-1].endswith(" stopped")
 
 
 @pytest.mark.processes

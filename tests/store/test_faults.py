@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from kitemq.errors import BrokerBusyError, BrokerUnavailableError, StoreFullError
+from kitemq_server.store.commit_log import Segment
 from kitemq_server.store.config import FlushMode
 from kitemq_server.store.errors import StoreOpenError
 from kitemq_server.store.message_store import MessageStore
+from kitemq_server.store.space import Space
 from tests.crash.crash_disk import CrashDisk, CrashFile
 from tests.store.helpers import LAYOUT, batch, bodies, new_disk, opened, read_all, send, small, topic_set
 from tests.waiting import eventually
@@ -96,6 +98,23 @@ async def test_a_full_disk_is_served_again_after_a_restart() -> None:
         disk.capacity_bytes = 1_000_000
         await eventually(lambda: not store.full)
         await send(store, batch())
+
+
+def test_a_full_disk_stays_full_until_the_largest_record_fits() -> None:
+    disk = full_disk(16_000)
+    for directory in LAYOUT.directories():
+        disk.mkdir(directory)
+    file = disk.open(LAYOUT.segment(0), create=True)
+    file.allocate(0, 4096)
+    space = Space(disk, LAYOUT, small())
+    space.mark_full()
+    segment = Segment(0, 100, 4096, file)
+    assert not space.recover(segment, 100)  # 11 KiB are free: small messages would fit
+    assert space.full
+    disk.capacity_bytes = 30_000
+    assert space.recover(segment, 100)
+    assert not space.full
+    assert segment.allocated > 100 + small().record_bytes_max
 
 
 async def test_a_write_that_finds_the_disk_full_after_all_waits_for_space() -> None:

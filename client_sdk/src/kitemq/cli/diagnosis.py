@@ -241,7 +241,7 @@ def judge_broker(probe: BrokerProbe, *, tls: bool) -> list[Finding]:
         if heard_ms > HEARTBEAT_AGE_MS_MAX:
             advice = f"it was last heard of {span_text(heard_ms)} ago: is its process running? Else {advice}"
         else:
-            advice += f"; the address is the broker's 'advertise' setting for listener {probe.listener or '?'}"
+            advice += f" (The address is the broker's 'advertise' setting for listener {probe.listener or '?'}.)"
         return [Finding(Level.BROKEN, probe.subject, address, text, advice)]
     found = probe.description
     if (found.broker_name, found.broker_id) != (probe.broker.broker_name, probe.broker.broker_id):

@@ -102,7 +102,7 @@ class BrokerConfig(ListeningConfig):
     )
     # Why 1 GiB: few files, and still a small step for retention.
     segment_bytes: ByteSize = Field(
-        default=ByteSize(1024**3), ge=1024**2, le=16 * 1024**3, description="size of a log segment, as 1GiB"
+        default=ByteSize(1024**3), ge=5 * 1024**2, le=16 * 1024**3, description="size of a log segment, as 1GiB"
     )
     retention_hours: int = Field(default=72, ge=0, le=24 * 3650, description="delete segments older; 0 = never")
     retention_bytes: ByteSize = Field(

@@ -61,6 +61,7 @@ async def _run(service: Service, mendable: tuple[type[Exception], ...]) -> int:
         loop.add_signal_handler(signum, on_signal, signum)
     try:
         await service(stop)
+        logger.info("stopped")
     except Exception as error:
         return _report(error, mendable)
     finally:

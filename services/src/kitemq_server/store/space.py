@@ -9,10 +9,12 @@ import errno
 import logging
 import threading
 
+from kitemq.protocol.record import FRAME_BYTES
 from kitemq_server.store.commit_log import Segment
 from kitemq_server.store.config import StoreConfig
 from kitemq_server.store.disk import Disk
 from kitemq_server.store.filenames import Layout
+from kitemq_server.store.record import ROLL_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -107,10 +109,12 @@ class Space:
             self.mark_full()
 
     def recover(self, segment: Segment, end_offset: int) -> bool:
-        """Tries to take the reserve back and a step of the log; True when client appends may go on."""
+        """Tries to take the reserve back and room for the largest record; True when client appends may go on."""
+        room = FRAME_BYTES + self._config.record_bytes_max + ROLL_BYTES
         try:
             self.take_reserve()
-            self.allocate(segment, min(end_offset + 1, segment.base + self._config.segment_bytes))
+            # With less, small messages would still be taken and large ones refused, in turns every second.
+            self.allocate(segment, min(end_offset + room, segment.base + self._config.segment_bytes))
         except OSError as error:
             if not is_full(error):
                 raise

@@ -322,6 +322,20 @@ async def test_unsubscribe_hands_the_queues_over(cluster: Cluster) -> None:
         assert committed(cluster.broker, "audit", "orders") == {0: 5}
 
 
+async def test_closing_inside_the_loop(cluster: Cluster) -> None:
+    await cluster.broker.create_topic("orders", queues=1)
+    await send_to(cluster, QUEUE, numbers(0, 10))
+    seen = 0
+    async with puller(cluster) as consumer:
+        await consumer.subscribe("orders")
+        async for _ in consumer:
+            seen += 1
+            if seen == 10:
+                await consumer.close()
+    assert seen == 10
+    assert committed(cluster.broker, "audit", "orders") == {0: 9}  # the program was still at the last one
+
+
 async def test_closing_ends_the_loop_and_leaves_nothing_behind(cluster: Cluster) -> None:
     await cluster.broker.create_topic("orders", queues=2)
     consumer = puller(cluster)

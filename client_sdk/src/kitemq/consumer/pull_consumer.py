@@ -188,6 +188,7 @@ class PullConsumer(ConsumerClient):
         if max_count < 1:
             raise InvalidRequestError(f"max_count {max_count} must be at least 1")
         self._all_done()
+        await asyncio.sleep(0)  # whoever polls and never awaits anything else must not stop the streams
         try:
             async with asyncio.timeout(timeout_s):
                 while self._next_chunk() is None:
@@ -239,7 +240,7 @@ class PullConsumer(ConsumerClient):
 
     def _leave(self, chunk: Chunk) -> None:
         """Done with `chunk` if nothing of it is left to hand out."""
-        if chunk.left and chunk.taken == len(chunk.sizes):
+        if chunk.left and chunk.taken == len(chunk.sizes) and not chunk.held.dropped:
             chunk.left = 0
             chunk.held.finish(chunk)
             self._core.fetcher.refill(chunk.held)

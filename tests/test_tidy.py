@@ -50,11 +50,8 @@ def test_sizes_and_docstrings(path: Path) -> None:
             length = (node.end_lineno or node.lineno) - node.lineno + 1
             assert length <= FUNCTION_LINES_MAX, f"{node.name} has {length} lines: at most {FUNCTION_LINES_MAX}"
     for node in tree.body:
-        public = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and not node.name.startswith(
-            "_"
-        )
-        if public and not ast.get_docstring(node):
-            undocumented.append(node.name)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            undocumented += [node.name] * (ast.get_docstring(node) is None)
     assert not undocumented, f"public names without a docstring: {undocumented}"
 
 

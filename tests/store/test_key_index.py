@@ -178,7 +178,7 @@ async def test_long_runs_are_cut_to_what_a_look_up_may_read(monkeypatch: pytest.
         items = store._index.buckets.scan_back(store._index.buckets.names()[0], b"r", b"s", 1000)
         runs = [parse_run(item) for item in items]
         assert len(runs) > 5
-        assert all(run.end - run.start <= 3000 for run in runs)
+        assert all(run is not None and run.end - run.start <= 3000 for run in runs)
         assert all(found_body(store, sdk_id(count)) is not None for count in range(1, 41))
 
 

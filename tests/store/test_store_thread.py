@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 import pytest
 
@@ -46,7 +47,7 @@ async def test_urgent_jobs_come_between_the_steps_of_background_jobs_which_take_
 
     async with running() as thread:
         held = threading.Event()
-        thread.run(held.wait)  # until both are there
+        thread.run(lambda: None if held.wait() else None)  # until both are there
         thread.run_steps(steps("a"))
         thread.run_steps(steps("b"))
         held.set()
@@ -98,5 +99,5 @@ async def test_closing_finishes_urgent_jobs_and_drops_the_rest() -> None:
     async with running() as thread:
         thread.run_steps(endless())
         for index in range(5):
-            thread.run(lambda index=index: done.append(index))
+            thread.run(partial(done.append, index))
     assert done == [0, 1, 2, 3, 4]

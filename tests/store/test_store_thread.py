@@ -47,7 +47,11 @@ async def test_urgent_jobs_come_between_the_steps_of_background_jobs_which_take_
 
     async with running() as thread:
         held = threading.Event()
-        thread.run(lambda: None if held.wait() else None)  # until both are there
+
+        def wait() -> None:
+            held.wait()  # until both are there
+
+        thread.run(wait)
         thread.run_steps(steps("a"))
         thread.run_steps(steps("b"))
         held.set()

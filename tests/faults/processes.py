@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 START_TIMEOUT_S = 60.0
@@ -21,19 +23,25 @@ def free_port() -> int:
 class ServiceProcess:
     """`kitemq-server VERB …` with its output in a log file. Start, SIGKILL and start again at the same address."""
 
-    def __init__(self, verb: str, folder: Path, *arguments: str) -> None:
+    def __init__(
+        self, verb: str, folder: Path, *arguments: str, module: str = "", environment: Mapping[str, str] | None = None
+    ) -> None:
         self.address = f"127.0.0.1:{free_port()}"
         self.log_path = folder.parent / f"{folder.name}.log"
+        command = ("-m", module) if module else ("-c", "from kitemq_server.cli import main; main()")
         self._arguments = (
-            *(sys.executable, "-c", "from kitemq_server.cli import main; main()", verb),
+            *(sys.executable, *command, verb),
             *("--listen", self.address, "--metrics-listen", "", "--data-dir", str(folder), *arguments),
         )
+        self._environment = {**os.environ, **(environment or {})}
         self.process: asyncio.subprocess.Process | None = None
 
     async def start(self) -> None:
         """Start it and wait until it accepts connections."""
         with self.log_path.open("ab") as log:
-            self.process = await asyncio.create_subprocess_exec(*self._arguments, stdout=log, stderr=log)
+            self.process = await asyncio.create_subprocess_exec(
+                *self._arguments, stdout=log, stderr=log, env=self._environment
+            )
         host, _, port = self.address.rpartition(":")
         async with asyncio.timeout(START_TIMEOUT_S):
             while True:
@@ -51,6 +59,11 @@ class ServiceProcess:
         assert self.process is not None and self.process.returncode is None, self.log_path.read_text()[-3000:]
         self.process.kill()
         await self.process.wait()
+
+    async def exited(self) -> int:
+        """Waits for the process to end by itself; its exit code."""
+        assert self.process is not None
+        return await self.process.wait()
 
     async def stop(self) -> int:
         """SIGTERM. Returns the exit code."""

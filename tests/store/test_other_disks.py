@@ -86,7 +86,11 @@ def test_many_files_are_synced_at_once(tmp_path: Path) -> None:
     for path in paths:
         disk.open(path, create=True).close()
     disk.sync_files(paths)
+    lock = disk.lock(tmp_path / "lock")
+    disk.sync_files(paths)  # now in one call
     disk.sync_files([])
+    lock.close()
+    disk.sync_files(paths)
 
 
 def test_memory_is_bounded(tmp_path: Path) -> None:

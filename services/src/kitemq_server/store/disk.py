@@ -172,11 +172,27 @@ class RealFile:
             self._fd = -1
 
 
+class _RealLock:
+    """A lock that is held, and a descriptor of its directory."""
+
+    def __init__(self, fd: int, directory_fd: int, locks: list[_RealLock]) -> None:
+        self._fd = fd
+        self.directory_fd = directory_fd
+        self._locks = locks
+        locks.append(self)
+
+    def close(self) -> None:
+        self._locks.remove(self)
+        os.close(self.directory_fd)
+        os.close(self._fd)
+
+
 class RealDisk:
     """The file system of the operating system (Linux)."""
 
     def __init__(self) -> None:
         self._syncfs = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)
+        self._locks: list[_RealLock] = []
 
     def open(self, path: Path, *, create: bool = False) -> File:
         flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0)
@@ -213,8 +229,10 @@ class RealDisk:
     def sync_files(self, paths: Collection[Path]) -> None:
         if not paths:
             return
-        if self._syncfs is not None and len(paths) >= _SYNCFS_FILES_MIN:
-            self._sync_file_system(next(iter(paths)))
+        if self._syncfs is not None and self._locks and len(paths) >= _SYNCFS_FILES_MIN:
+            # The kernel reports failed writes since this descriptor was opened: when the store was locked.
+            if self._syncfs(self._locks[-1].directory_fd) != 0:
+                raise OSError(ctypes.get_errno(), "syncfs failed")
             return
         for path in paths:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -224,15 +242,6 @@ class RealDisk:
                 os.close(fd)
         for directory in {path.parent for path in paths}:
             self.fsync_dir(directory)
-
-    def _sync_file_system(self, path: Path) -> None:
-        assert self._syncfs is not None
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            if self._syncfs(fd) != 0:
-                raise OSError(ctypes.get_errno(), "syncfs failed", str(path))
-        finally:
-            os.close(fd)
 
     def free_bytes(self, path: Path) -> int:
         return shutil.disk_usage(path).free
@@ -244,10 +253,10 @@ class RealDisk:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return _RealLock(fd, os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), self._locks)
         except BaseException:
             os.close(fd)
             raise
-        return RealFile(fd)
 
 
 def remove_tree(disk: Disk, directory: Path) -> None:

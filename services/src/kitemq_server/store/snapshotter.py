@@ -26,8 +26,9 @@ from kitemq_server.store.store_thread import StoreThread
 logger = logging.getLogger(__name__)
 
 SNAPSHOTS_KEPT = 2
-_COST_FACTOR = 50  # at most 2 % of a processor goes into snapshots
-_REST_FACTOR = 4  # and at most a fifth of the time of a disk that is busy with other things
+_SHARE = 0.02  # of a processor that goes into snapshots, on average
+_CREDIT_MAX_S = 3.0  # what may be spent at once: the first snapshot of many queues makes all their files
+_REST_FACTOR = 4  # at most a fifth of the time of a disk that is busy with other things
 _FULL_RETRY_S = 10.0
 _TAILS_PER_STEP = 64
 
@@ -71,9 +72,10 @@ class Snapshotter:
         self._running = False
         self._last_offset = kept[-1] if kept else -1
         self._last_record_count = 0
-        self._last_started = time.monotonic()
+        self._last_started = self._last_done = time.monotonic()
         self.kept = kept  # physical offsets of the snapshots on disk, oldest first
         self._not_before = 0.0
+        self._credit_s = _CREDIT_MAX_S
         self.cost_s = 0.0  # processor time that the last one took
         self.count = 0
         self.on_done: Callable[[], None] | None = None
@@ -184,7 +186,10 @@ class Snapshotter:
         now = time.monotonic()
         took_s = now - self._last_started
         self.cost_s = capture.cost_s
-        self._not_before = now + max(capture.cost_s * _COST_FACTOR, took_s * _REST_FACTOR)
+        earned_s = (now - self._last_done) * _SHARE
+        self._last_done = now
+        self._credit_s = min(self._credit_s + earned_s, _CREDIT_MAX_S) - capture.cost_s
+        self._not_before = now + max(-self._credit_s / _SHARE, took_s * _REST_FACTOR)
         self.count += 1
         self._last_offset = capture.physical_offset
         self._last_record_count = capture.record_count

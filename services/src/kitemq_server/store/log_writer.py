@@ -84,7 +84,7 @@ class LogWriter:
 
     def _full_error(self) -> StoreFullError:
         return StoreFullError(
-            f"broker {self._config.broker_name} has no disk space left: {self._space.free_bytes} bytes are free",
+            f"broker {self._config.broker_name} has no disk space left: {self._space.shortage}",
             retry_after_ms=int(FULL_RETRY_S * 1000),
         )
 

@@ -48,6 +48,13 @@ class Space:
         """Size of the store's file system."""
         return self._disk.total_bytes(self._layout.root)
 
+    @property
+    def shortage(self) -> str:
+        """In words: how much is free, and how much must be before client appends go on."""
+        config = self._config
+        wanted_bytes = config.allocate_bytes + (0 if self._reserved else config.reserve_bytes)
+        return f"{self.free_bytes} bytes are free, {wanted_bytes} are needed"
+
     def allocate(self, segment: Segment, end_offset: int) -> None:
         """Makes sure of space up to `end_offset`, a whole step at a time. Raises OSError."""
         with self._lock:

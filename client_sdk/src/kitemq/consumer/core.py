@@ -32,6 +32,7 @@ REBALANCE_S = 20.0
 RETRY_S = 1.0
 # How long the member that gives a queue up has to commit it, before the one that takes it over asks for the offset.
 HAND_OVER_WAIT_S = 0.3
+HAND_OVER_TRIES = 3
 # Above SMALL_GROUP members, one looks who has come or gone after a random moment, and not again before a pause; both
 # grow with the group.
 SMALL_GROUP = 50
@@ -114,6 +115,7 @@ class ConsumerCore:
         self._look: asyncio.TimerHandle | None = None
         self._loops: list[asyncio.Task[None]] = []
         self._resets = 0
+        self._stopping = False
         self._looked_at = 0.0
         # Queues have been taken or given up. Whoever waits for it clears it first.
         self.changed = asyncio.Event()
@@ -133,6 +135,7 @@ class ConsumerCore:
 
     async def stop(self) -> None:
         """Give every queue up (handlers drained, offsets committed) and leave the group."""
+        self._stopping = True
         self.routes.remove_listener(self._route_changed)
         for task in self._loops:
             task.cancel()
@@ -371,8 +374,7 @@ class ConsumerCore:
 
     async def _hand_over(self, given_up: list[HeldQueue]) -> None:
         """Commit what is done; let handlers finish, and commit again."""
-        if self._options.auto_commit:
-            await self.commit(given_up, durable=True)
+        await self._commit_last(given_up)
         busy = [held for held in given_up if self._drains and not held.settled.is_set()]
         if not busy:
             return
@@ -382,8 +384,17 @@ class ConsumerCore:
                     await held.settled.wait()
         except TimeoutError:
             logger.warning("consumer: handlers still run in queues given up queues=%s", _names(h.queue for h in busy))
-        if self._options.auto_commit:
-            await self.commit(busy, durable=True)
+        await self._commit_last(busy)
+
+    async def _commit_last(self, given_up: list[HeldQueue]) -> None:
+        """There is no next commit for these queues: try again for a while, unless we are going."""
+        if not self._options.auto_commit:
+            return
+        for _ in range(HAND_OVER_TRIES):
+            errors = await self.commit(given_up, durable=True)
+            if self._stopping or not any(error.retriable for error in errors):
+                return
+            await asyncio.sleep(RETRY_S)
 
     # ---- offsets ----
 

@@ -42,7 +42,8 @@ class PushConsumer(ConsumerClient):
 
     At least once: a handler that returns has done its message, one that raises gets it again after a back-off, and what
     was under way when a process died or a queue moved comes again, here or at another member of the group. Offsets are
-    committed every commit_interval_s, when a queue is handed over, and on stop; never past an unfinished message.
+    committed every commit_interval_s, when a queue is handed over, and on stop; never past an unfinished message. Left
+    without `async with` or `close()`, it keeps its share of the queues until the process ends.
 
     namesrv: "host:9876", several separated by ";". group: its members share the messages; with BROADCASTING each gets
     all of them, and keeps its offsets in offsets_dir (default ~/.kitemq/offsets) under client_id, or without a

@@ -147,10 +147,10 @@ class PullClient:
 class Client:
     """Everything of one broker over one connection."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *options: tuple[str, int]) -> None:
         self.address = address
         # Calls are made with raw bytes too, and what comes back is looked into: typed by what the tests assert.
-        self.channel: Any = grpc.aio.insecure_channel(address, options=OPTIONS)
+        self.channel: Any = grpc.aio.insecure_channel(address, options=[*OPTIONS, *options])
         self.broker: Any = broker_pb2_grpc.BrokerStub(self.channel)
         self.admin: Any = admin_pb2_grpc.BrokerAdminStub(self.channel)
 

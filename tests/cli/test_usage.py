@@ -138,6 +138,13 @@ def test_no_verb_shows_the_help() -> None:
     assert "Usage: kitemq [OPTIONS] COMMAND" in result.stderr + result.stdout
 
 
+def test_without_its_extra_the_command_says_so() -> None:
+    code = "import sys; sys.modules['typer'] = None; from kitemq.cli import script; script()"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 1
+    assert result.stderr == "kitemq: the command is not installed as a whole: pip install 'kitemq[cli]'\n"
+
+
 def test_version() -> None:
     assert re.fullmatch(r"kitemq \d+\.\d+\.\d+\n", kitemq("--version").stdout)
 

@@ -84,7 +84,7 @@ def consume(
     context: typer.Context,
     topic: TopicArgument,
     consumer_group: Annotated[
-        str | None, typer.Option("--group", "-g", help="Consumer group to join; default: a new one.")
+        str | None, typer.Option("--group", "-g", metavar="GROUP", help="Consumer group to join; default: a new one.")
     ] = None,
     from_first: Annotated[
         bool, typer.Option("--from-first", help="A new group begins with the oldest message.")
@@ -93,7 +93,7 @@ def consume(
     output: OutputOption = Format.TABLE,
     namesrv: NamesrvOption = None,
 ) -> None:
-    """Handle what is in TOPIC and report the rate, and the age of the messages.
+    """Handle what is in TOPIC; report the rate and the age.
 
     Joins the group, takes its messages and commits. The age is by the clocks of both machines, in whole milliseconds.
     """
@@ -124,9 +124,9 @@ def latency(
     output: OutputOption = Format.TABLE,
     namesrv: NamesrvOption = None,
 ) -> None:
-    """Send to TOPIC at a fixed rate, handle the same messages, and report how long they take to be stored and handled.
+    """Send at a fixed rate, handle the same; report the times.
 
-    Both count from when a message was due, so a stall shows with all that it held up.
+    How long until a message is stored, and until it is handled. Both count from when a message was due, so a stall shows with all that it held up.
     """
     from kitemq.bench import live
 
@@ -149,9 +149,9 @@ def suite(
     strict: StrictOption = False,
     only: OnlyOption = None,
 ) -> None:
-    """Measure KiteMQ on this machine against bare gRPC, case by case, in some 7 minutes.
+    """Measure KiteMQ on this machine against bare gRPC.
 
-    Starts its own servers and load generators (needs kitemq-server, Linux and 12 GB of disk). Exits with 1 when a case
+    Case by case, in some 7 minutes. Starts its own servers and load generators (needs kitemq-server, Linux and 12 GB of disk). Exits with 1 when a case
     could not be measured.
     """
     from kitemq.bench import suite as cases

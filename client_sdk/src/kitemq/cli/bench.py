@@ -126,7 +126,8 @@ def latency(
 ) -> None:
     """Send at a fixed rate, handle the same; report the times.
 
-    How long until a message is stored, and until it is handled. Both count from when a message was due, so a stall shows with all that it held up.
+    How long until a message is stored, and until it is handled. Both count from when a message was due, so a stall
+    shows with all that it held up.
     """
     from kitemq.bench import live
 
@@ -151,8 +152,8 @@ def suite(
 ) -> None:
     """Measure KiteMQ on this machine against bare gRPC.
 
-    Case by case, in some 7 minutes. Starts its own servers and load generators (needs kitemq-server, Linux and 12 GB of disk). Exits with 1 when a case
-    could not be measured.
+    Case by case, in some 7 minutes. Starts its own servers and load generators (needs kitemq-server, Linux and 12 GB
+    of disk). Exits with 1 when a case could not be measured.
     """
     from kitemq.bench import suite as cases
 

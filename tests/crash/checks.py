@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import struct
+from bisect import bisect_left
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from kitemq_server.store.message_store import ConsumeQueue, MessageStore, ReadSt
 from tests.crash.crash_disk import CrashDisk
 from tests.crash.log_oracle import Derived, LogRecord, parse_record, read_log
 from tests.crash.model import Model, Outline, QueueName, StoredMessage, serialized
-from tests.crash.producers import KEYS
+from tests.crash.producers import KEYS, TAGS
 
 _ENTRY = struct.Struct(">QIQ")
 
@@ -72,6 +73,32 @@ def check_contents(store: MessageStore, model: Model, rng: random.Random) -> Non
             found = store.read_record(record.physical_offset)
             assert found is not None
             assert found.data == record.data
+        check_searches(store, queue, expected, rng)
+
+
+def check_searches(store: MessageStore, queue: ConsumeQueue, expected: list[StoredMessage], rng: random.Random) -> None:
+    """A filtered read gives the messages with the tag; a search by time the first that is as young."""
+    tag = rng.choice(TAGS[1:])
+    wanted = [
+        offset
+        for offset in range(queue.min_offset, queue.max_offset)
+        if message_pb2.Message.FromString(expected[offset].part).tag == tag
+    ]
+    seen: list[int] = []
+    offset = queue.min_offset
+    while offset < queue.max_offset:
+        result = store.read(queue, offset, count_max=3, bytes_max=10**6, tags=frozenset((tag,)))
+        at = 0
+        for size in struct.unpack(f"<{result.count}I", result.sizes):
+            at += size
+            seen.append(struct.unpack_from("<Q", result.records, at - 56)[0])
+        assert result.next_offset > offset
+        offset = result.next_offset
+    assert seen == wanted, f"tag {tag}: {seen}, not {wanted}"
+    times = [store.store_timestamp(queue, offset) for offset in range(queue.min_offset, queue.max_offset)]
+    for moment in rng.sample(times, min(3, len(times))):
+        first = queue.min_offset + bisect_left(times, moment + 1)
+        assert store.search_timestamp(queue, moment + 1) == first
 
 
 def check_offsets(store: MessageStore, model: Model) -> None:

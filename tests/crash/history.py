@@ -54,7 +54,7 @@ WEIGHTS = {
     "tick": 6,
     "snapshot": 7,
     "settle": 6,
-    "retain": 3,
+    "retain": 5,
     "power off soon": 3,
     "fail a sync": 2,
     "fill disk": 3,

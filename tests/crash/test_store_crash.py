@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +76,41 @@ async def test_the_index_does_not_believe_a_history_that_was_cut() -> None:
 
 def record_count(disk: CrashDisk) -> int:
     return len(read_log(disk.files(), Layout(ROOT).commit_log).records)
+
+
+async def test_a_deletion_that_a_crash_undid_is_finished() -> None:
+    """Removed segments are back after a power loss, with a gap between them: that is no damage."""
+    rng = random.Random(0)
+    producer = Producer(0xA1)
+    config = StoreConfig(
+        segment_bytes=4096, allocate_bytes=1024, reserve_bytes=0, record_bytes_max=2048, disk_watermark_percent=0
+    )
+    disk = CrashDisk(ROOT)
+    layout = Layout(ROOT)
+    async with open_store(disk, ROOT, config) as store:
+        for _ in range(3):
+            for _ in range(10):
+                store.append([producer.batch(("orders", 0), 2, rng, equal=True).batch])
+            store._housekeeping.snapshot()
+            await store._thread.drain()
+        before = disk.files()
+        await store._retention.run_once(replace(config, retention_bytes=1))
+        await store._thread.drain()
+        live_floor = store.min_physical_offset
+        segments = {path: data for path, data in before.items() if path.parent == layout.commit_log}
+        removed = sorted(path for path in segments if int(path.name) < live_floor)
+        assert len(removed) > 2
+        queue = store.queue("orders", 0)
+        assert queue is not None
+        min_offset = queue.min_offset
+        assert min_offset > 0
+        disk = disk.kill(rng)
+    for path in (removed[0], removed[-1]):
+        disk.overwrite(path, before[path])
+    async with open_store(disk, ROOT, config) as store:
+        assert not store.recovery.damages
+        assert store.min_physical_offset == live_floor
+        queue = store.queue("orders", 0)
+        assert queue is not None
+        assert queue.min_offset == min_offset
+    assert not disk.files().keys() & set(removed)

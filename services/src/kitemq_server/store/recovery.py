@@ -57,6 +57,7 @@ class Recovery:
         self._group: list[Record] = []
         self._applied = Replay(state)
         self._unflushed_records = 0
+        self._gaps: list[Damage] = []  # below the snapshot
         self.report = Report()
 
     def run(self, start: int, proven: int) -> None:
@@ -74,6 +75,7 @@ class Recovery:
         self._cut(end_offset)
         self._rewrite(min(self._proven, end_offset), end_offset)
         self._state.confirm_all()
+        self._finish_deletion()
 
     # ---- the files
 
@@ -86,10 +88,27 @@ class Recovery:
             end = base + log.disk.file_bytes(log.layout.segment(base))
             if following is not None:
                 if end < following <= start:
-                    self._report(Damage(end, following, "missing"))
+                    self._gaps.append(Damage(end, following, "missing"))
                 end = min(end, following)
             segments.append(Segment(base, end, end))
         log.segments = tuple(segments)
+
+    def _finish_deletion(self) -> None:
+        """Segments that retention had given up when a crash came are given up again, all of them."""
+        log = self._log
+        live_floor = self._state.tables.live_floor
+        gone = [segment for segment in log.segments[:-1] if segment.end_offset <= live_floor]
+        for segment in gone:
+            self._reader.forget(segment.base)
+            log.disk.remove(log.layout.segment(segment.base))
+        if gone:
+            log.segments = log.segments[len(gone) :]
+            log.disk.fsync_dir(log.layout.commit_log)
+            for queue in self._state.queues:
+                queue.min_offset = queue.first_at_or_after(log.start_offset)
+        for gap in self._gaps:
+            if gap.end > live_floor:
+                self._report(gap)
 
     # ---- the decision table
 

@@ -89,7 +89,7 @@ async def test_a_deletion_that_a_crash_undid_is_finished() -> None:
     layout = Layout(ROOT)
     async with open_store(disk, ROOT, config) as store:
         for _ in range(3):
-            for _ in range(10):
+            for _ in range(40):
                 store.append([producer.batch(("orders", 0), 2, rng, equal=True).batch])
             store._housekeeping.snapshot()
             await store._thread.drain()

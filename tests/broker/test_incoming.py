@@ -25,7 +25,7 @@ from kitemq.protocol.record import (
     tags_code,
 )
 from kitemq_server.broker.incoming import check_messages, parse_batch, parse_messages, split_frames
-from kitemq_server.broker.plain_batch import plain_ids
+from kitemq_server.broker.plain_batch import read_plain
 from kitemq_server.store.batch import ClientBatch
 from tests.broker.wire import batch, message, numbered
 
@@ -179,15 +179,13 @@ def the_long_way(wanted: QueueBatch, *, body_bytes_max: int = BODY_MAX) -> list[
 def test_the_shortcut_takes_what_the_sdk_sends() -> None:
     bodies = [b"x" * size for size in (1, 127, 128, 16_383, 16_384, 1, 2_097_152)]
     parts = [sdk_part(sequence, body) for sequence, body in enumerate(bodies, 1)]
-    arguments: dict[str, Any] = {"topic": "orders", "producer_group": "tests", "instance": 7, "first_sequence": 1}
     ids = [f"{7:016x}{sequence:016x}" for sequence in range(1, len(bodies) + 1)]
-    assert plain_ids(parts, **arguments, body_bytes_max=BODY_MAX) == ids
-    assert plain_ids(parts, **arguments, body_bytes_max=2_097_151) is None
+    assert read_plain(parts, topic="orders", body_bytes_max=BODY_MAX) == (ids, 7, 1)
+    assert read_plain(parts, topic="orders", body_bytes_max=2_097_151) is None
     encoder = MessageEncoder(group="tests", compression=Compression.NONE, compress_from_bytes=0)
     made, message_id = encoder.encode(kitemq.message.Message("orders", b"body"), "")
     made += IDENTITY.pack(INSTANCE_KEY, encoder.instance, SEQUENCE_KEY, 5)
-    arguments |= {"instance": encoder.instance, "first_sequence": 5}
-    assert plain_ids([made], **arguments, body_bytes_max=BODY_MAX) == [message_id]
+    assert read_plain([made], topic="orders", body_bytes_max=BODY_MAX) == ([message_id], encoder.instance, 5)
 
 
 @settings(max_examples=1000)

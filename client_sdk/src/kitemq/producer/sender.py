@@ -28,14 +28,16 @@ from kitemq.errors import (
     error_from_stream,
 )
 from kitemq.message import MessageQueue
-from kitemq.producer.accumulator import REQUEST_BYTES_MAX, Entry, QueueState, encode_batch
+from kitemq.producer.accumulator import BatchEncoder, Entry, QueueState
 from kitemq.proto.v1 import broker_pb2
 from kitemq.rpc import Channels
 
 logger = logging.getLogger(__name__)
 
 SEND_METHOD = "/kitemq.v1.Broker/Send"
-IN_FLIGHT_REQUESTS_MAX = 8
+IN_FLIGHT_REQUESTS_MAX = 3
+# A request takes no more entries from here on: malloc gets larger buffers from the kernel each time, page by page.
+REQUEST_BYTES_WANTED = 100_000
 IN_FLIGHT_BATCHES_MAX = 16  # per queue; the broker remembers 64 runs
 CONNECT_TIMEOUT_S = 2.0
 BACKOFF_MIN_S = 0.05
@@ -101,6 +103,7 @@ class BrokerSender:
         self._channels = channels
         self._settings = settings
         self._sends = sends
+        self._encoder = BatchEncoder(instance=settings.instance, queue_count=settings.default_topic_queue_count)
         self._loop = asyncio.get_running_loop()
         self._states: dict[MessageQueue, QueueState] = {}
         self._ready: deque[QueueState] = deque()
@@ -242,8 +245,8 @@ class BrokerSender:
         if not ready or len(self._requests) >= IN_FLIGHT_REQUESTS_MAX:
             return None
         batches: list[tuple[QueueState, list[Entry]]] = []
-        encoded: list[broker_pb2.QueueBatch] = []
-        bytes_left = REQUEST_BYTES_MAX
+        pieces: list[bytes] = [b""]
+        bytes_left = REQUEST_BYTES_WANTED
         # At most half of what is under way, so that broker and producer work at the same time, not in turn.
         under_way = sum(len(state.pending) for state in ready) + self._in_flight_entries
         entries_left = (under_way + 1) // 2
@@ -261,14 +264,7 @@ class BrokerSender:
             self._in_flight_entries += len(entries)
             state.in_flight += 1
             batches.append((state, entries))
-            encoded.append(
-                encode_batch(
-                    state,
-                    entries,
-                    instance=self._settings.instance,
-                    queue_count=self._settings.default_topic_queue_count,
-                )
-            )
+            pieces += self._encoder.encode(state, entries)
             if state.pending:
                 again.append(state)
         ready.extend(again)
@@ -280,7 +276,8 @@ class BrokerSender:
         for _, entries in batches:
             for entry in entries:
                 entry.sent = True
-        return broker_pb2.SendRequest(number=number, batches=encoded).SerializeToString()
+        pieces[0] = broker_pb2.SendRequest(number=number).SerializeToString()
+        return b"".join(pieces)
 
     def _answered(self, result: broker_pb2.SendResult) -> None:
         request = self._requests.pop(result.number, None)

@@ -22,7 +22,7 @@ from kitemq.protocol.names import (
     check_group,
 )
 from kitemq.protocol.record import FRAME_BYTES, TRAILER_BYTES, frame_header, frame_length, tags_code
-from kitemq_server.broker.plain_batch import plain_ids
+from kitemq_server.broker.plain_batch import read_plain
 from kitemq_server.store.batch import ClientBatch
 
 PART_BYTES_MAX = RECORD_BYTES_MAX - TRAILER_BYTES
@@ -40,36 +40,32 @@ def parse_batch(batch: broker_pb2.QueueBatch, *, body_bytes_max: int) -> ClientB
     """The batch as the store takes it. Raises InvalidMessageError for the first thing that is wrong with it."""
     topic = batch.topic
     records = batch.records
-    parts = split_frames(records, batch.sizes)
-    first = _parse_first(parts[0])
-    instance = first.producer_instance
-    tags_codes: Sequence[int] = (0,) * len(parts)
-    keys: Sequence[Sequence[str]] = ()
-    ids = None
-    if instance and first.sequence and first.topic == topic:
-        _check_producer_group(first.producer_group, topic)
-        ids = plain_ids(
+    parts = split_frames(records, list(batch.sizes))
+    plain = read_plain(parts, topic=topic, body_bytes_max=body_bytes_max)
+    if plain is not None:
+        return ClientBatch(
+            topic,
+            batch.queue_id,
             parts,
-            topic=topic,
-            producer_group=first.producer_group,
-            instance=instance,
-            first_sequence=first.sequence,
-            body_bytes_max=body_bytes_max,
+            (0,) * len(parts),
+            plain.message_ids,
+            (),
+            plain.producer_instance,
+            plain.first_sequence,
         )
-    if ids is None:
-        messages = parse_messages(records, len(parts))
-        ids = check_messages(messages, topic, body_bytes_max=body_bytes_max)
-        tags_codes = [tags_code(message.tag) for message in messages]
-        keys = [tuple(message.keys) for message in messages]
+    messages = parse_messages(records, len(parts))
+    ids = check_messages(messages, topic, body_bytes_max=body_bytes_max)
+    keys = [tuple(message.keys) for message in messages]
+    instance = messages[0].producer_instance
     return ClientBatch(
         topic=topic,
         queue_id=batch.queue_id,
         parts=parts,
-        tags_codes=tags_codes,
+        tags_codes=[tags_code(message.tag) for message in messages],
         message_ids=ids,
         keys=keys if any(keys) else (),
         producer_instance=instance,
-        first_sequence=first.sequence if instance else 0,
+        first_sequence=messages[0].sequence if instance else 0,
     )
 
 
@@ -83,7 +79,7 @@ def split_frames(records: bytes, sizes: Sequence[int]) -> list[bytes]:
         if size > PART_BYTES_MAX:
             raise InvalidMessageError(f"message {index} has {size} bytes encoded: at most {PART_BYTES_MAX}")
         frame_end = start + FRAME_BYTES
-        if records[start:frame_end] != frame_header(size):
+        if not records.startswith(frame_header(size), start):
             raise InvalidMessageError(
                 f"message {index}: no frame of {size} bytes at byte {start} of the batch "
                 "(key 0x0A, then the length as a varint padded to 5 bytes)"
@@ -103,13 +99,6 @@ def parse_messages(records: bytes, count: int) -> list[message_pb2.Message]:
         raise InvalidMessageError(f"message {_first_unparsable(records)} is not a valid Message") from None
     assert len(messages) == count
     return messages
-
-
-def _parse_first(part: bytes) -> message_pb2.Message:
-    try:
-        return message_pb2.Message.FromString(part)
-    except DecodeError:
-        raise InvalidMessageError("message 0 is not a valid Message") from None
 
 
 def _first_unparsable(records: bytes) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate, chain, count, repeat
 
 import google_crc32c
 
@@ -66,38 +68,37 @@ class RecordBuilder:
         self, queue: ConsumeQueue, parts: Sequence[bytes | memoryview], tags_codes: Sequence[int]
     ) -> bytes:
         """Appends messages to their queue; returns their consume queue entries."""
-        queue_offset = queue.next_offset
-        position = self.position
-        roll_at = self._roll_at
-        prefix = TRAILER_PREFIX.pack(KEY_RECORD_KIND, KIND_MESSAGE, KEY_QUEUE_ID, queue.queue_id)
-        suffix = self._suffix
-        pack_offsets = TRAILER_OFFSETS.pack
-        pack_crc = CRC.pack
-        pack_entry = ENTRY.pack
-        crc32c = google_crc32c.value
-        join = b"".join
-        put = self._out.append
+        head = TRAILER_PREFIX.pack(KEY_RECORD_KIND, KIND_MESSAGE, KEY_QUEUE_ID, queue.queue_id)
         entries: list[bytes] = []
-        put_entry = entries.append
-        for part, tags_code in zip(parts, tags_codes, strict=True):
-            size = len(part) + RECORD_BYTES_MIN
-            if position + size > roll_at:
-                self.position = position
+        done = 0
+        sizes = [len(part) + RECORD_BYTES_MIN for part in parts]
+        while done < len(sizes):
+            positions = list(accumulate(sizes[done:], initial=self.position))
+            fitting = bisect_right(positions, self._roll_at) - 1
+            if fitting <= 0:
                 self.roll()
-                position = self.position
-                roll_at = self._roll_at
-                put = self._out.append
-            offsets = pack_offsets(KEY_QUEUE_OFFSET, queue_offset, KEY_PHYSICAL_OFFSET, position)
-            body = join((frame_header(size - FRAME_BYTES), part, prefix, offsets, suffix))
-            put(body)
-            put(pack_crc(KEY_CRC, crc32c(body)))
-            put_entry(pack_entry(position, size, tags_code))
-            position += size
-            queue_offset += 1
-        self.position = position
-        data = join(entries)
+                continue
+            chosen = slice(done, done + fitting)
+            first_offset = queue.next_offset + done
+            self._add_run(parts[chosen], positions, first_offset, head)
+            entries += map(ENTRY.pack, positions, sizes[chosen], tags_codes[chosen])
+            self.position = positions[fitting]
+            done += fitting
+        data = b"".join(entries)
         queue.append(data, len(entries))
         return data
+
+    def _add_run(
+        self, parts: Sequence[bytes | memoryview], positions: Sequence[int], queue_offset: int, head: bytes
+    ) -> None:
+        """Messages that fit into the segment, one behind the other. By `map`, which is half of what a loop costs."""
+        offsets = map(
+            TRAILER_OFFSETS.pack, repeat(KEY_QUEUE_OFFSET), count(queue_offset), repeat(KEY_PHYSICAL_OFFSET), positions
+        )
+        frames = [frame_header(len(part) + TRAILER_BYTES) for part in parts]
+        bodies = list(map(b"".join, zip(frames, parts, repeat(head), offsets, repeat(self._suffix))))
+        crcs = map(CRC.pack, repeat(KEY_CRC), map(google_crc32c.value, bodies))
+        self._out += chain.from_iterable(zip(bodies, crcs, strict=True))
 
     def add_group(self, kind: int, payloads: Sequence[bytes]) -> None:
         """Appends records that belong to no queue; several are a group, which lies in one segment."""

@@ -19,7 +19,8 @@ from kitemq.message import ReceivedMessage
 # Every so many messages one is read in full, so that a drain of things that are no messages fails.
 _CHECK_EVERY = 1_000
 
-Drain = Callable[[str, int], Awaitable[float]]
+# (group, messages wanted, what counts the received ones) -> seconds
+Drain = Callable[[str, int, "Received"], Awaitable[float]]
 
 
 def new_group(kind: str) -> str:
@@ -45,6 +46,15 @@ def check_readable(message: ReceivedMessage) -> None:
         raise BenchError(f"a message without a body, an id or a store time was received: {read[1:]}")
 
 
+class Received:
+    """How far a drain has come."""
+
+    __slots__ = ("count",)
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
 class DrainLoad:
     """A worker's drain by a group of its own.
 
@@ -58,11 +68,14 @@ class DrainLoad:
 
     async def run(self, order: dict[str, Any]) -> dict[str, Any]:
         messages = order["messages"]
+        received = Received()
         try:
             async with asyncio.timeout(order["timeout_s"]):
-                seconds = await self._drain(new_group(self._kind), messages)
+                seconds = await self._drain(new_group(self._kind), messages, received)
         except TimeoutError:
-            raise BenchError(f"{messages} messages were not received within {order['timeout_s']} s") from None
+            raise BenchError(
+                f"{received.count} of {messages} messages were received within {order['timeout_s']} s"
+            ) from None
         return {"messages": messages, "seconds": seconds}
 
 
@@ -70,7 +83,7 @@ class DrainLoad:
 async def pull_job(*, namesrv: str, topic: str, read_bodies: bool = False) -> AsyncIterator[DrainLoad]:
     """`async for` over a PullConsumer. read_bodies: also decode each message and take its body."""
 
-    async def drain(group: str, wanted: int) -> float:
+    async def drain(group: str, wanted: int, received: Received) -> float:
         clock = time.perf_counter
         started = clock()
         count = body_bytes = 0
@@ -82,6 +95,7 @@ async def pull_job(*, namesrv: str, topic: str, read_bodies: bool = False) -> As
                     body_bytes += len(message.body)
                 if count % _CHECK_EVERY == 1:
                     check_readable(message)
+                    received.count = count
                     if count == 1:
                         started = clock()
                 if count == wanted:
@@ -95,7 +109,7 @@ async def pull_job(*, namesrv: str, topic: str, read_bodies: bool = False) -> As
 async def push_job(*, namesrv: str, topic: str) -> AsyncIterator[DrainLoad]:
     """A PushConsumer with an async handler that does nothing but count; what it committed is checked afterwards."""
 
-    async def drain(group: str, wanted: int) -> float:
+    async def drain(group: str, wanted: int, received: Received) -> float:
         clock = time.perf_counter
         started = finished = 0.0
         count = 0
@@ -106,6 +120,7 @@ async def push_job(*, namesrv: str, topic: str) -> AsyncIterator[DrainLoad]:
             count += 1
             if count % _CHECK_EVERY == 1:
                 check_readable(message)
+                received.count = count
                 if count == 1:
                     started = clock()
             if count == wanted:

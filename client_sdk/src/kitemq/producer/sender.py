@@ -35,7 +35,12 @@ from kitemq.rpc import Channels
 logger = logging.getLogger(__name__)
 
 SEND_METHOD = "/kitemq.v1.Broker/Send"
-IN_FLIGHT_REQUESTS_MAX = 3
+IN_FLIGHT_REQUESTS_MAX = 8
+# A request costs broker and producer as much as a hundred messages in one. So beside others under way one goes only
+# with this many entries, of which half stay for the next, or when the last one has had no answer for this long.
+SIDE_BY_SIDE_ENTRIES = 3
+SIDE_BY_SIDE_REQUESTS_MAX = 3
+SIDE_BY_SIDE_S = 0.01
 # A request takes no more entries from here on: malloc gets larger buffers from the kernel each time, page by page.
 REQUEST_BYTES_WANTED = 100_000
 IN_FLIGHT_BATCHES_MAX = 16  # per queue; the broker remembers 64 runs
@@ -108,8 +113,11 @@ class BrokerSender:
         self._states: dict[MessageQueue, QueueState] = {}
         self._ready: deque[QueueState] = deque()
         self._requests: dict[int, _Request] = {}
+        self._waiting = 0  # entries that are ready
         self._in_flight_entries = 0
         self._next_number = 1
+        self._last_sent_at = 0.0
+        self._timer_set = False
         self._waiter: asyncio.Future[None] | None = None
         self._ticking = False
         self._stream: Any = None
@@ -126,10 +134,13 @@ class BrokerSender:
         """Queue the entry behind what waits already."""
         pending = state.pending
         pending.append(entry)
-        if len(pending) == 1 and not state.blocked:
-            self._ready.append(state)
-            if self._waiter is not None and len(self._requests) < IN_FLIGHT_REQUESTS_MAX:
-                self._wake()
+        self._waiting += 1
+        if not state.blocked:
+            if len(pending) == 1:
+                self._ready.append(state)
+            waiter = self._waiter
+            if waiter is not None and not waiter.done() and self._may_send():
+                waiter.set_result(None)
         if not self._ticking:
             self._ticking = True
             self._loop.call_later(TICK_S, self._tick)
@@ -152,6 +163,25 @@ class BrokerSender:
             await self._waiter
         finally:
             self._waiter = None
+
+    def _may_send(self) -> bool:
+        """Whether what waits may go now. Otherwise it goes with the next answer, or when it has waited long enough."""
+        under_way = len(self._requests)
+        if not under_way or (self._waiting >= SIDE_BY_SIDE_ENTRIES and under_way < SIDE_BY_SIDE_REQUESTS_MAX):
+            return True
+        wait_s = self._last_sent_at + SIDE_BY_SIDE_S - monotonic()
+        if under_way < IN_FLIGHT_REQUESTS_MAX:
+            if wait_s <= 0:
+                return True
+            if not self._timer_set:
+                self._timer_set = True
+                self._loop.call_later(wait_s, self._timer_over)
+        return False
+
+    def _timer_over(self) -> None:
+        self._timer_set = False
+        if self._ready and self._may_send():
+            self._wake()
 
     async def run(self) -> None:
         """Connect when something waits; resend what was under way when a stream breaks. Ends by cancellation."""
@@ -242,14 +272,15 @@ class BrokerSender:
 
     def _next_request(self) -> bytes | None:
         ready = self._ready
-        if not ready or len(self._requests) >= IN_FLIGHT_REQUESTS_MAX:
+        self._waiting = sum(len(state.pending) for state in ready)
+        if not ready or not self._may_send():
             return None
         batches: list[tuple[QueueState, list[Entry]]] = []
         pieces: list[bytes] = [b""]
         bytes_left = REQUEST_BYTES_WANTED
-        # At most half of what is under way, so that broker and producer work at the same time, not in turn.
-        under_way = sum(len(state.pending) for state in ready) + self._in_flight_entries
-        entries_left = (under_way + 1) // 2
+        # Half of what is under way, so that broker and producer work at the same time, not in turn.
+        under_way = self._waiting + self._in_flight_entries
+        entries_left = under_way if under_way < 2 * SIDE_BY_SIDE_ENTRIES else (under_way + 1) // 2
         again: list[QueueState] = []
         while ready and bytes_left > 0 and entries_left > 0:
             state = ready.popleft()
@@ -261,6 +292,7 @@ class BrokerSender:
             entries, size = state.take(bytes_left, entries_left)
             bytes_left -= size
             entries_left -= len(entries)
+            self._waiting -= len(entries)
             self._in_flight_entries += len(entries)
             state.in_flight += 1
             batches.append((state, entries))
@@ -272,7 +304,8 @@ class BrokerSender:
             return None
         number = self._next_number
         self._next_number = number + 1
-        self._requests[number] = _Request(batches, monotonic())
+        self._last_sent_at = monotonic()
+        self._requests[number] = _Request(batches, self._last_sent_at)
         for _, entries in batches:
             for entry in entries:
                 entry.sent = True

@@ -105,13 +105,17 @@ class KeyIndex:
             self._newest_bucket = bucket
             good = applied
         if good is not None:
-            self.applied_offset = min(good.physical_offset, end_offset, self._epoch_end(good.epoch))
+            self.applied_offset = min(self._reaches(good), end_offset)
             self._noted_offset = self.applied_offset
 
     def _follows(self, applied: Applied, before: Applied | None) -> bool:
         if before is None:  # the oldest: what came before it has been deleted with the log, or is lost
             return applied.previous_bucket == 0 or applied.previous_offset <= self._thread_reader.log.start_offset
-        return applied.previous_bucket == self._newest_bucket and before.physical_offset >= applied.previous_offset
+        return applied.previous_bucket == self._newest_bucket and self._reaches(before) >= applied.previous_offset
+
+    def _reaches(self, applied: Applied) -> int:
+        """How far a bucket speaks of this log: behind the end of its epoch there may be another history now."""
+        return min(applied.physical_offset, self._epoch_end(applied.epoch))
 
     def _drop_from(self, bucket: int) -> None:
         for name in self.buckets.names():

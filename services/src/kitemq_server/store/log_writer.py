@@ -7,6 +7,7 @@ not, what was taken waits until there is space.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from kitemq_server.store.space import Space, is_full
 from kitemq_server.store.store_thread import StoreThread
 
 FULL_RETRY_S = 1.0
+QUICK_FLUSH_S = 0.001
 _BUSY_RETRY_MS = 100
 _DRAIN_BYTES_MAX = 4 * 1024 * 1024
 
@@ -44,6 +46,8 @@ class LogWriter:
         self.pending_bytes = 0
         self._allocating = False
         self._flush_wanted = False
+        self._flushing = threading.Lock()
+        self._flush_s = 0.0  # what a flush takes; after a slow one it takes a while to be believed quick again
         self._fsync_started = 0.0
         self._flush_error: OSError | None = None
         self._directory_dirty = False
@@ -250,17 +254,40 @@ class LogWriter:
 
     def flush_soon(self) -> None:
         """Asks for a flush; what is appended in this turn of the loop, and until it begins, is covered."""
-        if not self._flush_wanted:
-            self._flush_wanted = True
-            self._thread.run_later(0, self.flush)
+        if self._flush_wanted:
+            return
+        self._flush_wanted = True
+        if self._flush_s < QUICK_FLUSH_S and self._config.flush_mode is FlushMode.SYNC_FLUSH:
+            self._thread.run_here(self._flush_here)
+        else:
+            self._thread.run(self.flush)
+
+    def _flush_here(self) -> None:
+        """The loop waits for a disk this quick itself: handing over to the thread and back takes longer."""
+        if not self._flushing.acquire(blocking=False):
+            self._thread.run(self.flush)
+            return
+        try:
+            flushed = self._flush()
+        finally:
+            self._flushing.release()
+        if flushed is not None:
+            self._flushed(*flushed)
 
     def flush(self) -> None:
         """Thread: everything written so far is on disk when this returns. Raises OSError, which is fatal: so does every
         later flush, as a second fsync may succeed without having written what the first one lost."""
+        with self._flushing:
+            flushed = self._flush()
+        if flushed is not None:
+            self._thread.post(self._flushed, *flushed)
+
+    def _flush(self) -> tuple[int, float] | None:
+        """Loop or thread, never both: what `_flushed` is to be told."""
         self._flush_wanted = False
         target = self._written_offset
         if target <= self._flushed_offset:
-            return
+            return None
         if self._flush_error is not None:
             raise self._flush_error
         started = self._fsync_started = time.monotonic()
@@ -273,7 +300,9 @@ class LogWriter:
         finally:
             self._fsync_started = 0.0
         self._flushed_offset = target
-        self._thread.post(self._flushed, target, time.monotonic() - started)
+        took_s = time.monotonic() - started
+        self._flush_s = max(took_s, self._flush_s * 0.9)
+        return target, took_s
 
     def _sync(self, target: int) -> None:
         if self._directory_dirty:

@@ -43,11 +43,19 @@ class StoreThread:
         self._wake.put(True)
 
     def run_later(self, delay_s: float, job: Callable[[], None]) -> None:
-        """Runs `job` after a while; 0 = when this turn of the loop is over."""
-        if delay_s:
-            self._loop.call_later(delay_s, self.run, job)
-        else:
-            self._loop.call_soon(self.run, job)
+        """Runs `job` after a while."""
+        self._loop.call_later(delay_s, self.run, job)
+
+    def run_here(self, job: Callable[[], None]) -> None:
+        """Runs `job` on the loop when this turn of it is over. Fails as in `run`."""
+
+        def run() -> None:
+            try:
+                job()
+            except Exception as error:
+                self._failed(error)
+
+        self._loop.call_soon(run)
 
     def run_steps(self, steps: Iterator[None]) -> None:
         """Runs `steps` between urgent jobs, in turn with other background jobs."""

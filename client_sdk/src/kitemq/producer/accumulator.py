@@ -110,8 +110,8 @@ class QueueState:
         self.resume = False
         self.blocked = False  # waits for a back-off, or for what is in flight behind a refusal
 
-    def take(self, bytes_left: int, entries_left: int) -> tuple[list[Entry], int]:
-        """The next entries for one batch: at least one, then as many as fit. Returns them and their bytes."""
+    def take(self, bytes_left: int, messages_left: int) -> tuple[list[Entry], int, int]:
+        """The next entries for one batch: at least one, then as many as fit. Returns them, their messages and bytes."""
         pending = self.pending
         entries: list[Entry] = []
         count = size = 0
@@ -120,7 +120,7 @@ class QueueState:
             first = entry.first_sequence or self.next_sequence
             if entries and (
                 size + entry.body_bytes > bytes_left
-                or len(entries) >= entries_left
+                or count >= messages_left
                 or count + len(entry.parts) > BATCH_MESSAGES_MAX
                 or entry.alone
                 or entries[-1].alone
@@ -134,7 +134,7 @@ class QueueState:
             entries.append(entry)
             count += len(entry.parts)
             size += entry.body_bytes
-        return entries, size
+        return entries, count, size
 
     def put_back(self, entries: list[Entry]) -> None:
         """Entries that must be sent again, in order, before everything that waits."""

@@ -37,12 +37,13 @@ logger = logging.getLogger(__name__)
 SEND_METHOD = "/kitemq.v1.Broker/Send"
 IN_FLIGHT_REQUESTS_MAX = 8
 # A request costs broker and producer as much as a hundred messages in one. So beside others under way one goes only
-# with this many entries, of which half stay for the next, or when the last one has had no answer for this long.
-SIDE_BY_SIDE_ENTRIES = 3
+# with this many messages, of which half stay for the next, or when the last one has had no answer for this long.
+SIDE_BY_SIDE_MESSAGES = 3
 SIDE_BY_SIDE_REQUESTS_MAX = 3
 SIDE_BY_SIDE_S = 0.01
-# A request takes no more entries from here on: malloc gets larger buffers from the kernel each time, page by page.
+# Above this malloc gets a buffer from the kernel each time, page by page; a request this full goes as it is.
 REQUEST_BYTES_WANTED = 100_000
+REQUEST_BYTES_FULL = 64 * 1024
 IN_FLIGHT_BATCHES_MAX = 16  # per queue; the broker remembers 64 runs
 CONNECT_TIMEOUT_S = 2.0
 BACKOFF_MIN_S = 0.05
@@ -113,8 +114,8 @@ class BrokerSender:
         self._states: dict[MessageQueue, QueueState] = {}
         self._ready: deque[QueueState] = deque()
         self._requests: dict[int, _Request] = {}
-        self._waiting = 0  # entries that are ready
-        self._in_flight_entries = 0
+        self._waiting = 0  # messages that are ready
+        self._in_flight_messages = 0
         self._next_number = 1
         self._last_sent_at = 0.0
         self._timer_set = False
@@ -134,7 +135,7 @@ class BrokerSender:
         """Queue the entry behind what waits already."""
         pending = state.pending
         pending.append(entry)
-        self._waiting += 1
+        self._waiting += len(entry.parts)
         if not state.blocked:
             if len(pending) == 1:
                 self._ready.append(state)
@@ -167,7 +168,7 @@ class BrokerSender:
     def _may_send(self) -> bool:
         """Whether what waits may go now. Otherwise it goes with the next answer, or when it has waited long enough."""
         under_way = len(self._requests)
-        if not under_way or (self._waiting >= SIDE_BY_SIDE_ENTRIES and under_way < SIDE_BY_SIDE_REQUESTS_MAX):
+        if not under_way or (self._waiting >= SIDE_BY_SIDE_MESSAGES and under_way < SIDE_BY_SIDE_REQUESTS_MAX):
             return True
         wait_s = self._last_sent_at + SIDE_BY_SIDE_S - monotonic()
         if under_way < IN_FLIGHT_REQUESTS_MAX:
@@ -272,28 +273,28 @@ class BrokerSender:
 
     def _next_request(self) -> bytes | None:
         ready = self._ready
-        self._waiting = sum(len(state.pending) for state in ready)
+        self._waiting = sum([len(entry.parts) for state in ready for entry in state.pending])
         if not ready or not self._may_send():
             return None
         batches: list[tuple[QueueState, list[Entry]]] = []
         pieces: list[bytes] = [b""]
-        bytes_left = REQUEST_BYTES_WANTED
+        size = 0
         # Half of what is under way, so that broker and producer work at the same time, not in turn.
-        under_way = self._waiting + self._in_flight_entries
-        entries_left = under_way if under_way < 2 * SIDE_BY_SIDE_ENTRIES else (under_way + 1) // 2
+        under_way = self._waiting + self._in_flight_messages
+        wanted = under_way if under_way < 2 * SIDE_BY_SIDE_MESSAGES else (under_way + 1) // 2
         again: list[QueueState] = []
-        while ready and bytes_left > 0 and entries_left > 0:
+        while ready and wanted > 0 and size < REQUEST_BYTES_FULL:
             state = ready.popleft()
             if state.blocked or not state.pending:
                 continue
             if state.in_flight >= IN_FLIGHT_BATCHES_MAX:
                 again.append(state)
                 continue
-            entries, size = state.take(bytes_left, entries_left)
-            bytes_left -= size
-            entries_left -= len(entries)
-            self._waiting -= len(entries)
-            self._in_flight_entries += len(entries)
+            entries, message_count, byte_count = state.take(REQUEST_BYTES_WANTED - size, wanted)
+            size += byte_count
+            wanted -= message_count
+            self._waiting -= message_count
+            self._in_flight_messages += message_count
             state.in_flight += 1
             batches.append((state, entries))
             pieces += self._encoder.encode(state, entries)
@@ -320,7 +321,7 @@ class BrokerSender:
         elapsed_s = monotonic() - request.sent_at
         for (state, entries), batch in zip(request.batches, result.batches, strict=True):
             state.in_flight -= 1
-            self._in_flight_entries -= len(entries)
+            self._in_flight_messages -= sum([len(entry.parts) for entry in entries])
             if batch.HasField("error"):
                 self._refused(state, entries, batch.error)
             else:
@@ -371,7 +372,7 @@ class BrokerSender:
     def _recover(self, error: KiteMQError) -> None:
         """The stream is gone: put what was under way back in front, in order, under the same numbers."""
         requests, self._requests = self._requests, {}
-        self._in_flight_entries = 0
+        self._in_flight_messages = 0
         lost: dict[QueueState, list[Entry]] = {}
         for state in self._states.values():
             if state.refused:

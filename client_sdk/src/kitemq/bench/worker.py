@@ -11,9 +11,12 @@ import json
 import selectors
 import sys
 import traceback
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Protocol
+
+TIMER_SLACK = Path("/proc/self/timerslack_ns")
 
 
 class Job(Protocol):
@@ -70,6 +73,8 @@ async def serve_orders() -> None:
 
 def main() -> None:
     """Serve the orders on standard input."""
+    with suppress(OSError):  # the kernel may wake a sleeper 50 us late
+        TIMER_SLACK.write_text("1")
     # select() waits to the microsecond, epoll to the millisecond: a paced sender needs the former. There is one
     # descriptor to wait for whatever the number of connections, because gRPC polls those in a thread of its own.
     with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selectors.SelectSelector())) as runner:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import pytest
 
 import kitemq
 from kitemq.message import MessageQueue, ReceivedMessage
-from tests.cluster import Cluster
+from tests.certificates import make_certificates
+from tests.cluster import Broker, Cluster, Namesrv, running_cluster
 from tests.consumer.helpers import committed, numbers, sdk_tasks, send, send_to
 from tests.waiting import eventually
 
@@ -259,6 +261,61 @@ async def test_an_offset_beyond_the_end_is_corrected(cluster: Cluster, caplog: p
         assert "offset corrected queue=orders@broker-a:0 from=1000 to=10" in caplog.text
         await send_to(cluster, QUEUE, ["next"])
         assert bodies(await take(consumer, 1)) == ["next"]
+
+
+async def test_a_reader_that_retention_overtakes_goes_on_at_the_oldest_message(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    body = "x" * 1_000_000
+    async with running_cluster(tmp_path, segment_bytes=8 * 1024 * 1024) as cluster:
+        store = cluster.broker.store
+        await cluster.broker.create_topic("orders", queues=1)
+        await send_to(cluster, QUEUE, [f"{i}{body}" for i in range(30)])
+        for i in range(2):  # a restart must not need what goes
+            store._housekeeping.snapshot()
+            await store._thread.drain()
+            await cluster.broker.create_topic(f"other-{i}", queues=1)
+        await store._retention.run_once(replace(store.config, retention_bytes=1))
+        await store._thread.drain()
+        oldest = store.queue("orders", 0).min_offset
+        assert oldest > 10
+        async with puller(cluster) as consumer:
+            await consumer.assign([QUEUE])
+            await consumer.seek(QUEUE, 1)
+            rest = await take(consumer, 30 - oldest)
+    assert [message.queue_offset for message in rest] == list(range(oldest, 30))
+    assert f"to={oldest}: " in caplog.text
+    assert "messages were deleted before they were read" in caplog.text
+
+
+async def test_all_of_it_over_tls(tmp_path: Path) -> None:
+    pem = make_certificates(tmp_path)
+    served: dict[str, Any] = {
+        "tls_cert_file": pem.server_cert,
+        "tls_key_file": pem.server_key,
+        "tls_client_ca_file": pem.ca,
+    }
+    tls = kitemq.TlsConfig(str(pem.ca), str(pem.client_cert), str(pem.client_key))
+    namesrv = Namesrv(tmp_path / "namesrv", **served)
+    await namesrv.start()
+    broker = Broker("broker-a", tmp_path / "broker", [namesrv.address], namesrv_tls_ca_file=pem.ca, **served)
+    await broker.start()
+    try:
+        async with kitemq.Producer(namesrv.address, group="tests", tls=tls) as producer:
+            for body in numbers(0, 20):
+                await producer.send(kitemq.Message("orders", body.encode()))
+        async with kitemq.PullConsumer(
+            namesrv.address, group="audit", from_where=kitemq.Position.FIRST, tls=tls
+        ) as consumer:
+            await consumer.subscribe("orders")
+            assert sorted(bodies(await take(consumer, 20)), key=int) == numbers(0, 20)
+        assert sum(committed(broker, "audit", "orders").values()) == 20
+        async with kitemq.PullConsumer(namesrv.address, group="audit") as stranger:
+            with pytest.raises(kitemq.KiteMQError):
+                await stranger.queues("orders")
+    finally:
+        await broker.stop()
+        await namesrv.stop()
 
 
 async def test_a_slow_reader_stops_the_reading_ahead(cluster: Cluster) -> None:

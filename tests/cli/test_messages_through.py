@@ -265,6 +265,12 @@ async def test_names_complete(cluster: Cluster, run: Run) -> None:
     await run("topic", "create", "other")
     completed = await run(_KITEMQ_COMPLETE="complete_bash", COMP_WORDS="kitemq topic describe or", COMP_CWORD="3")
     assert completed.out.split() == ["orders"]
+    completed = await run(_KITEMQ_COMPLETE="complete_bash", COMP_WORDS="kitemq broker writes br", COMP_CWORD="3")
+    assert completed.out.split() == ["broker-a"]
+    completed = await run(
+        _KITEMQ_COMPLETE="complete_bash", COMP_WORDS="kitemq broker writes broker-a o", COMP_CWORD="4"
+    )
+    assert completed.out.split() == ["on", "off"]
     nobody = await run(
         _KITEMQ_COMPLETE="complete_bash",
         COMP_WORDS="kitemq topic describe or",

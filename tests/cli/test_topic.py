@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from kitemq.cli.session import ExitCode
 from tests.cli.conftest import Run
 from tests.cluster import Cluster
@@ -98,6 +100,7 @@ async def test_nothing_of_that_name(cluster: Cluster, run: Run) -> None:
         ("broker", "describe", "nobody"),
         ("broker", "describe", "broker-a", "--id", "7"),
         ("broker", "config", "nobody"),
+        ("broker", "writes", "nobody", "off"),
         ("consume", "nothing", "--group", "g"),
         ("tail", "nothing"),
         ("message", "get", "00000000000000000000000000000000"),
@@ -127,6 +130,7 @@ async def test_cluster_list(cluster: Cluster, run: Run) -> None:
         "boot_id",
         "boot_timestamp_ms",
         "last_heartbeat_timestamp_ms",
+        "not_writable_reason",
     }
     assert (one["cluster_name"], one["broker_id"], one["role"], one["writable"]) == (
         "DefaultCluster",
@@ -138,6 +142,43 @@ async def test_cluster_list(cluster: Cluster, run: Run) -> None:
     table = (await run("cluster", "list")).out.splitlines()
     assert table[0].split()[:3] == ["CLUSTER", "BROKER", "ID"]
     assert [line.split()[1] for line in table[1:]] == ["broker-a", "broker-b"]
+
+
+async def test_cluster_list_shows_what_a_producer_would_find(cluster: Cluster, run: Run) -> None:
+    await cluster.add_broker("broker-b")
+    assert (await run("broker", "config", "broker-b", "--set", "permission=4")).code == ExitCode.OK
+    listed = (await run("cluster", "list", "-o", "json")).json
+    reason = "the broker's permission does not include write"
+    assert [(one["writable"], one["not_writable_reason"]) for one in listed] == [(True, ""), (False, reason)]
+    table = (await run("cluster", "list")).out.splitlines()
+    assert table[0].split()[-1] == "WRITABLE"
+    assert table[1].endswith("  yes") and table[2].endswith(f"  no: {reason}")
+
+
+async def test_broker_writes(cluster: Cluster, run: Run) -> None:
+    await cluster.add_broker("broker-b")
+    await run("topic", "create", "orders", "--queues", "1")
+    off = await run("broker", "writes", "broker-b", "off", "-o", "json")
+    assert off.code == ExitCode.OK, off.err
+    assert off.json == {"broker_name": "broker-b", "writable": False, "topic_count": off.json["topic_count"]}
+    assert off.json["topic_count"] >= 1
+    assert re.fullmatch(r"Writes to broker-b are off: \d+ topics changed\.\n", off.err)
+    assert (
+        (await run("cluster", "list"))
+        .out.splitlines()[2]
+        .endswith("  no: writes to it are switched off at the namesrv")
+    )
+    sent = await run("produce", "orders", "--receipts", stdin="a\nb\nc\nd\n")
+    assert {one["broker_name"] for one in sent.lines} == {"broker-a"}
+    again = await run("broker", "writes", "broker-b", "off")
+    assert (again.code, again.out) == (ExitCode.OK, "")
+    assert again.err == "Writes to broker-b are off: 0 topics changed.\n"
+    last = await run("broker", "writes", "broker-a", "off")
+    assert (last.code, len(last.err.splitlines())) == (ExitCode.OK, 2) and "no other broker" in last.err
+    for name in ("broker-a", "broker-b"):
+        assert (await run("broker", "writes", name, "on")).code == ExitCode.OK
+    listed = (await run("cluster", "list", "-o", "json")).json
+    assert [(one["writable"], one["not_writable_reason"]) for one in listed] == [(True, ""), (True, "")]
 
 
 async def test_broker_describe(cluster: Cluster, run: Run) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
 from typing import Self
 
 from kitemq.admin import results
@@ -85,9 +87,23 @@ class AdminClient:
 
     # ---- The cluster ----
 
-    async def list_brokers(self) -> list[BrokerInfo]:
-        """Every broker that the namesrv knows, sorted by cluster, name and id."""
-        return await self._calls.brokers()
+    async def list_brokers(self, *, ask_brokers: bool = False) -> list[BrokerInfo]:
+        """Every broker that the namesrv knows, sorted by cluster, name and id.
+
+        ask_brokers: each of them is asked, too, whether it takes messages. One that does not answer takes none.
+        """
+        brokers = await self._calls.brokers()
+        return list(await asyncio.gather(*map(self._asked, brokers))) if ask_brokers else brokers
+
+    async def _asked(self, broker: BrokerInfo) -> BrokerInfo:
+        if not broker.writable:
+            return broker
+        request = admin_pb2.DescribeBrokerRequest()
+        try:
+            answer = await self._calls.call(broker, lambda stubs: stubs.admin.DescribeBroker, request)
+        except KiteMQError as error:
+            return replace(broker, writable=False, not_writable_reason=error.message)
+        return replace(broker, writable=answer.writable, not_writable_reason=answer.not_writable_reason)
 
     async def describe_broker(self, broker_name: str, broker_id: int | None = None) -> BrokerDescription:
         """A broker's own account. broker_id: None = the master, or the slave with the lowest id while there is none.
@@ -118,7 +134,8 @@ class AdminClient:
     async def set_write_permission(self, broker_name: str, *, writable: bool) -> int:
         """Take a broker's queues out of every route for writing, or give them back: how a broker is drained.
 
-        Told to every namesrv. Returns the number of topics that changed on the namesrv that knew most of them.
+        Told to every namesrv. Until it is given back, the broker unregisters (a clean stop), or the namesrv restarts.
+        Returns the number of topics that changed on the namesrv that knew most of them. Raises NotFoundError.
         """
         request = namesrv_pb2.SetWritePermissionRequest(broker_name=broker_name, writable=writable)
         answers = await self._calls.tell_namesrvs("SetWritePermission", request)

@@ -30,7 +30,8 @@ class BrokerInfo:
     """One broker as a namesrv knows it.
 
     address: what a client that asked this namesrv is told. addresses: all of them, by listener name.
-    writable: the namesrv hands out its queues for writing.
+    writable: the namesrv hands out its queues for writing, and, where the broker was asked, it takes messages.
+    not_writable_reason: why not; empty when it is writable.
     """
 
     cluster_name: str
@@ -45,6 +46,7 @@ class BrokerInfo:
     boot_id: str
     boot_timestamp_ms: int
     last_heartbeat_timestamp_ms: int
+    not_writable_reason: str = ""
 
     @property
     def is_master(self) -> bool:
@@ -66,6 +68,7 @@ class BrokerInfo:
             boot_id=broker.boot_id,
             boot_timestamp_ms=broker.boot_timestamp_ms,
             last_heartbeat_timestamp_ms=message.last_heartbeat_timestamp_ms,
+            not_writable_reason="" if message.writable else "writes to it are switched off at the namesrv",
         )
 
 

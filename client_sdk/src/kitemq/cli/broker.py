@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kitemq.cli.completion import complete_broker
 from kitemq.cli.options import NamesrvOption, OutputOption, connection, parse_pairs_option
-from kitemq.cli.output import Format, bytes_text, emit_facts, emit_json, emit_table, note, span_text, time_text
+from kitemq.cli.output import (
+    Format,
+    bytes_text,
+    count_text,
+    emit_facts,
+    emit_json,
+    emit_table,
+    note,
+    span_text,
+    time_text,
+)
 from kitemq.cli.session import with_admin
 
 if TYPE_CHECKING:
@@ -23,7 +34,7 @@ IdOption = Annotated[int | None, typer.Option("--id", min=0, help="Which of the 
 
 @app.callback()
 def group() -> None:
-    """Describe brokers; show and change their settings."""
+    """Describe brokers, change their settings, take them out of writing."""
 
 
 @app.command(epilog="\b\nExample:\n  kitemq broker describe broker-a")
@@ -102,3 +113,37 @@ def config(
         ["key", "value", "changeable", "what"],
         ((item.key, item.value, "yes" if item.changeable else "no", item.help) for item in items),
     )
+
+
+class Switch(StrEnum):
+    """What `broker writes` is told."""
+
+    ON = "on"
+    OFF = "off"
+
+
+@app.command(epilog="\b\nExamples:\n  kitemq broker writes broker-a off\n  kitemq broker writes broker-a on")
+def writes(
+    context: typer.Context,
+    broker: BrokerArgument,
+    switch: Annotated[Switch, typer.Argument(metavar="on|off", help="What producers may do from now on.")],
+    output: OutputOption = Format.TABLE,
+    namesrv: NamesrvOption = None,
+) -> None:
+    """Take a broker out of writing before its maintenance, or put it back.
+
+    Producers are told at once to send elsewhere, and the broker still takes what is on its way; consumers go on with
+    what it has. Every namesrv given is told. It ends with `on`, or when the broker stops cleanly.
+    """
+    wanted = switch is Switch.ON
+
+    async def verb(admin: AdminClient) -> tuple[int, bool]:
+        count = await admin.set_write_permission(broker, writable=wanted)
+        return count, any(one.writable for one in await admin.list_brokers())
+
+    topic_count, any_writable = with_admin(connection(context, namesrv), verb)
+    note(f"Writes to {broker} are {switch.value}: {count_text(topic_count, 'topic')} changed.")
+    if not any_writable:
+        note("Warning: no other broker is there to send to: sends fail until writes are on again.")
+    if output is Format.JSON:
+        emit_json({"broker_name": broker, "writable": wanted, "topic_count": topic_count})

@@ -21,14 +21,14 @@ def group() -> None:
 
 @app.command("list", epilog="\b\nExample:\n  kitemq cluster list")
 def list_brokers(context: typer.Context, output: OutputOption = Format.TABLE, namesrv: NamesrvOption = None) -> None:
-    """List brokers, and the addresses clients are told."""
-    brokers = with_admin(connection(context, namesrv), lambda admin: admin.list_brokers())
+    """List brokers, the addresses clients are told, and whether a producer could send to them now."""
+    brokers = with_admin(connection(context, namesrv), lambda admin: admin.list_brokers(ask_brokers=True))
     if output is Format.JSON:
         emit_json([asdict(one) for one in brokers])
         return
     now_ms = time.time() * 1000
     emit_table(
-        ["cluster", "broker", "id#", "role", "address", "writable", "heartbeat"],
+        ["cluster", "broker", "id#", "role", "address", "heartbeat", "writable"],
         (
             (
                 one.cluster_name,
@@ -36,8 +36,8 @@ def list_brokers(context: typer.Context, output: OutputOption = Format.TABLE, na
                 one.broker_id,
                 one.role,
                 one.address,
-                "yes" if one.writable else "no",
                 f"{span_text(max(0.0, now_ms - one.last_heartbeat_timestamp_ms))} ago",
+                "yes" if one.writable else f"no: {one.not_writable_reason}",
             )
             for one in brokers
         ),

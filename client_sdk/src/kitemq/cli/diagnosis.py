@@ -224,7 +224,8 @@ def judge_groups(brokers: Iterable[BrokerInfo]) -> list[Finding]:
             )
         elif not all(broker.writable for broker in members if broker.is_master):
             text = "its queues are not handed out for writing: its write permission was taken away"
-            findings.append(Finding(Level.WARNING, f"broker {name}", "", text, "give it back once it is drained"))
+            advice = f"give it back once that is done: `kitemq broker writes {name} on`"
+            findings.append(Finding(Level.WARNING, f"broker {name}", "", text, advice))
     return findings
 
 

@@ -131,4 +131,5 @@ def usage_text(error: typer.TyperException) -> str:
     context = getattr(error, "ctx", None)
     if context is None or text.startswith("Usage:"):
         return text
+    text = " ".join(text.split())  # the values to choose from come a line each
     return f"Error: {text[:1].lower()}{text[1:].rstrip('.')}\nTry:   {context.command_path} --help"

@@ -214,6 +214,70 @@ def test_the_shortcut_decides_as_the_long_way_does(data: st.DataObject) -> None:
     assert got == expected
 
 
+GROUPS = [
+    b"",
+    b"g",
+    b"g" * 120,
+    b"g" * 121,
+    b"g" * 128,
+    b"DEFAULT_PRODUCER",
+    b"CID_RMQ_SYS_x",
+    b"a b",
+    "\xe9".encode(),
+    b"\xff",
+]
+IDS = [
+    b"i" * 31,
+    b"i" * 32,
+    b"i" * 33,
+    b"i" * 31 + b"\n",
+    b"i" * 31 + b"\x7f",
+    "\xe9".encode() * 16,
+    b"\xff" * 32,
+    b"",
+    b" " * 32,
+]
+
+
+@settings(max_examples=500)
+@given(st.data())
+def test_the_shortcut_takes_no_other_limits_than_the_long_way(data: st.DataObject) -> None:
+    """Fields in the SDK's order, with values at and beyond the limits: the same batch, or refused by both."""
+    topic = data.draw(st.sampled_from(["orders", "", "t" * 127, "t" * 128, "\xe9"]))
+    group = data.draw(st.sampled_from(GROUPS))
+    instance = data.draw(st.sampled_from([0, 7, 2**64 - 1]))
+    first_sequence = data.draw(st.sampled_from([0, 1, 2**64 - 2]))
+    parts = []
+    for index in range(data.draw(st.integers(1, 3))):
+        odd = data.draw(st.integers(0, 3)) == 0
+        fields = [
+            length_delimited(0x0A, b"other" if odd and data.draw(st.booleans()) else topic.encode()),
+            length_delimited(0x5A, data.draw(st.sampled_from(GROUPS)) if odd else group),
+            length_delimited(0x12, b"x" * data.draw(st.sampled_from([0, 1, 127, 128, 129]))),
+            length_delimited(0x32, data.draw(st.sampled_from(IDS)) if odd else b"i" * 32),
+            BORN.pack(BORN_KEY, data.draw(st.integers(0, 2**64 - 1))),
+            IDENTITY.pack(INSTANCE_KEY, instance, SEQUENCE_KEY, (first_sequence + index) % 2**64),
+        ]
+        if odd and data.draw(st.booleans()):  # twice, left out, or elsewhere
+            at, to = data.draw(st.integers(0, 5)), data.draw(st.integers(0, 5))
+            fields.insert(to, fields[at] if data.draw(st.booleans()) else fields.pop(at))
+        parts.append(b"".join(fields))
+    records = b"".join(frame_header(len(part)) + part for part in parts)
+    wanted = QueueBatch(topic=topic, queue_id=3, records=records, sizes=[len(part) for part in parts])
+    body_bytes_max = data.draw(st.sampled_from([127, 128, BODY_MAX]))
+    expected = the_long_way(wanted, body_bytes_max=body_bytes_max)
+    if expected is None:
+        with pytest.raises(InvalidMessageError):
+            parsed(wanted, body_bytes_max=body_bytes_max)
+        return
+    messages = parse_messages(records, len(parts))
+    got = parsed(wanted, body_bytes_max=body_bytes_max)
+    assert (got.topic, got.queue_id, got.parts, list(got.message_ids)) == (topic, 3, parts, expected)
+    assert (list(got.tags_codes), got.keys) == ([0] * len(parts), ())
+    assert got.producer_instance == messages[0].producer_instance
+    assert got.first_sequence == (messages[0].sequence if got.producer_instance else 0)
+
+
 @settings(max_examples=300)
 @given(st.data())
 def test_a_changed_byte_is_seen_or_harmless(data: st.DataObject) -> None:

@@ -11,7 +11,9 @@ import time
 
 import pytest
 
+from kitemq.cli.producing import Refusals
 from kitemq.cli.session import ExitCode
+from kitemq.errors import StoreFullError, TopicNotFoundError
 from tests.cli.conftest import COMMAND, Run, Start
 from tests.cluster import Cluster
 
@@ -67,9 +69,41 @@ async def test_bad_lines_are_named_and_the_rest_is_sent(cluster: Cluster, run: R
 
 
 async def test_the_cluster_refuses(cluster: Cluster, run: Run) -> None:
-    result = await run("produce", "SCHEDULE_TOPIC_XXXX", stdin="a\n")
-    assert result.code in (ExitCode.FAILED, ExitCode.USAGE)
-    assert "line 1" in result.err and "takes no messages" in result.err
+    result = await run("produce", "SCHEDULE_TOPIC_XXXX", stdin="a\nb\n")
+    assert (result.code, result.out) == (ExitCode.USAGE, "")
+    assert result.err.startswith("Error: topic 'SCHEDULE_TOPIC_XXXX' takes no messages") and result.err.count("\n") == 1
+
+
+async def test_a_refusal_is_said_once_and_ends_the_reading(cluster: Cluster, run: Run, start: Start) -> None:
+    await run("broker", "config", "broker-a", "--set", "auto_create_topic_enable=false")
+    result = await run("produce", "archive", stdin=numbers(5000))
+    assert (result.code, result.out) == (ExitCode.NOT_FOUND, "")
+    refusal, summary = result.err.splitlines()
+    match = re.match(r"Error: (\d+) messages, lines 1 to (\d+): .*archive", refusal)
+    assert match and match[1] == match[2], refusal
+    assert re.fullmatch(
+        rf"Sent 0 messages to archive in .* s; {match[1]} lines failed; stopped reading at the first refusal\.", summary
+    )
+    running = await start("produce", "archive")  # stdin stays open
+    await running.write("a\n")
+    one = await running.end()
+    assert (one.code, len(one.err.splitlines())) == (ExitCode.NOT_FOUND, 2)
+    assert one.err.startswith("Error: line 1: ")
+
+
+def test_refusals_that_differ_in_numbers_only_are_one(capsys: pytest.CaptureFixture[str]) -> None:
+    refusals = Refusals()
+    for number in (4, 2, 3):
+        refusals.add(
+            number, StoreFullError(f"broker a has no disk space left: {number} bytes are free", topic="orders")
+        )
+    refusals.add(7, TopicNotFoundError("no such topic"))
+    assert isinstance(refusals.first, StoreFullError) and refusals.came.is_set()
+    refusals.report()
+    assert capsys.readouterr().err.splitlines() == [
+        "Error: 3 messages, lines 2 to 4: broker a has no disk space left: 4 bytes are free [topic=orders]",
+        "Error: line 7: no such topic",
+    ]
 
 
 async def test_any_bytes_go_through_json_and_back(cluster: Cluster, run: Run) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import stat
 import sys
 import threading
@@ -23,7 +24,7 @@ from kitemq.cli.session import ExitCode, exit_code_of
 from kitemq.errors import BrokerUnavailableError, InvalidRequestError, KiteMQError
 from kitemq.message import Message, SendReceipt, SendStatus
 from kitemq.producer import Producer
-from kitemq.protocol.names import check_topic
+from kitemq.protocol.names import check_sendable, check_topic
 
 PRODUCER_GROUP = "kitemq-cli"
 IN_FLIGHT = 1024
@@ -56,6 +57,31 @@ class LineTemplate:
         return message, sharding_key or self.sharding_key
 
 
+class Refusals:
+    """What the cluster refused: the same of many messages is one error. `first` and `came` tell of the first."""
+
+    def __init__(self) -> None:
+        self.first: KiteMQError | None = None
+        self.came = asyncio.Event()
+        self._lines: dict[tuple[str, ...], tuple[KiteMQError, list[int]]] = {}
+
+    def add(self, number: int, error: KiteMQError) -> None:
+        """The message of a line was refused. Only those under way at the first refusal come here."""
+        self.first = self.first or error
+        self.came.set()
+        # Bytes that are free, or a request's number, make no other refusal.
+        alike = (type(error).__name__, re.sub(r"\d+", "", error.message))
+        self._lines.setdefault(alike, (error, []))[1].append(number)
+
+    def report(self) -> None:
+        """Say each refusal, and whose lines it struck."""
+        for error, numbers in list(self._lines.values())[:REPORTED_LINES]:
+            lines = f"line {numbers[0]}"
+            if len(numbers) > 1:
+                lines = f"{len(numbers)} messages, lines {min(numbers)} to {max(numbers)}"
+            note(f"Error: {lines}: {error}")
+
+
 class LineProducer:
     """One run of `kitemq produce`."""
 
@@ -64,17 +90,19 @@ class LineProducer:
         self._template = template
         self._receipts = receipts
         self._lines: asyncio.Queue[tuple[int, bytes] | None] = asyncio.Queue(maxsize=2 * IN_FLIGHT)
-        self._refused: KiteMQError | None = None
+        self._refusals = Refusals()
         self.read_bytes = 0
         self.sent = 0
         self.empty = 0
         self.failed = 0
         self.under_way = 0
+        self._bad_lines = 0
         self._unproven: Counter[SendStatus] = Counter()
 
     async def run(self) -> ExitCode:
         """Send everything; the exit code. Raises what the command fails with before it reads a line."""
         check_topic(self._template.topic)
+        check_sendable(self._template.topic)
         await self._check_cluster()
         if sys.stdin.isatty():
             note(f"One message to {self._template.topic} a line; Ctrl-D ends.")
@@ -85,8 +113,8 @@ class LineProducer:
             with progress(self):
                 await self._send_all(producer)
         self._summarize(time.monotonic() - began)
-        if self._refused is not None:
-            return exit_code_of(self._refused)
+        if self._refusals.first is not None:
+            return exit_code_of(self._refusals.first)
         return ExitCode.FAILED if self.failed else ExitCode.OK
 
     async def _check_cluster(self) -> None:
@@ -98,26 +126,35 @@ class LineProducer:
     async def _send_all(self, producer: Producer) -> None:
         workers = [asyncio.create_task(self._work(producer)) for _ in range(IN_FLIGHT)]
         feeder = asyncio.create_task(self._feed())
+        refusal = asyncio.create_task(self._refusals.came.wait())
         try:
-            await asyncio.wait({feeder, *workers}, return_when=asyncio.FIRST_EXCEPTION)
-            for task in (feeder, *workers):
-                if task.done():
-                    task.result()
+            await asyncio.wait({feeder, refusal, *workers}, return_when=asyncio.FIRST_COMPLETED)
+            if refusal.done():  # stdin may say nothing for a long time: it is left alone
+                feeder.cancel()
+                self._end_workers()
+            elif feeder.done():
+                feeder.result()
+            await asyncio.gather(*workers)
         except asyncio.CancelledError:
             feeder.cancel()
             await self._stop_soon(workers)
             raise
         finally:
-            for task in (feeder, *workers):
+            for task in (feeder, refusal, *workers):
                 task.cancel()
-            await asyncio.gather(feeder, *workers, return_exceptions=True)
+            await asyncio.gather(feeder, refusal, *workers, return_exceptions=True)
 
-    async def _stop_soon(self, workers: list[asyncio.Task[None]]) -> None:
+    def _end_workers(self) -> None:
+        """What is not under way yet is not sent."""
         while not self._lines.empty():
             self._lines.get_nowait()
-        for _ in workers:
+        for _ in range(IN_FLIGHT):
             self._lines.put_nowait(None)
+
+    async def _stop_soon(self, workers: list[asyncio.Task[None]]) -> None:
+        self._end_workers()
         await asyncio.wait(workers, timeout=STOP_S)
+        self._refusals.report()
         doubt = f", {self.under_way} may or may not be stored" if self.under_way else ""
         note(f"Stopped: {count_text(self.sent, 'message')} sent{doubt}.")
 
@@ -131,15 +168,13 @@ class LineProducer:
                     self.empty += 1
                     continue
                 await self._lines.put((number, line))
-            if self._refused is not None:
-                break
         for _ in range(IN_FLIGHT):
             await self._lines.put(None)
 
     async def _work(self, producer: Producer) -> None:
         # Lines are taken in order, and nothing is awaited between taking one and handing it to the producer.
         while (item := await self._lines.get()) is not None:
-            if self._refused is not None:
+            if self._refusals.first is not None:
                 continue
             number, line = item
             try:
@@ -152,16 +187,17 @@ class LineProducer:
             except (ValueError, InvalidRequestError) as error:
                 self._report(number, str(error))
             except KiteMQError as error:
-                self._report(number, str(error))
-                self._refused = error
+                self.failed += 1
+                self._refusals.add(number, error)
             else:
                 self._stored(number, receipt)
 
     def _report(self, number: int, problem: str) -> None:
         self.failed += 1
-        if self.failed <= REPORTED_LINES:
+        self._bad_lines += 1
+        if self._bad_lines <= REPORTED_LINES:
             note(f"Error: line {number}: {problem}")
-        elif self.failed == REPORTED_LINES + 1:
+        elif self._bad_lines == REPORTED_LINES + 1:
             note("Error: more lines failed; they are counted below")
 
     def _stored(self, number: int, receipt: SendReceipt) -> None:
@@ -182,10 +218,11 @@ class LineProducer:
             sys.stdout.write(json.dumps(value) + "\n")
 
     def _summarize(self, took_s: float) -> None:
+        self._refusals.report()
         parts = [f"Sent {count_text(self.sent, 'message')} to {self._template.topic} in {took_s:.1f} s"]
         if self.failed:
             parts.append(f"{count_text(self.failed, 'line')} failed")
-        if self._refused is not None:
+        if self._refusals.first is not None:
             parts.append("stopped reading at the first refusal")
         if self.empty:
             parts.append(f"{count_text(self.empty, 'empty line')} passed over")

@@ -21,4 +21,11 @@ async def main(namesrv: str, ca_file: str, server_name: str | None = None) -> No
 
 
 if __name__ == "__main__":
-    asyncio.run(main(*sys.argv[1:]))
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
+    try:
+        asyncio.run(main(*sys.argv[1:]))
+    except kitemq.BrokerUnavailableError as error:
+        sys.exit(f"{error.message} How to start one with TLS: docs/operations.md")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -27,4 +27,9 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    try:
+        asyncio.run(main())
+    except kitemq.BrokerUnavailableError as error:
+        sys.exit(f"{error.message} Start one: kitemq-server standalone --ephemeral")
+    except KeyboardInterrupt:
+        sys.exit(130)

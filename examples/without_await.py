@@ -13,7 +13,8 @@ NAMESRV = sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1:9876"
 
 
 def main() -> None:
-    with kitemq.sync.Producer(NAMESRV, group="shop") as producer, ThreadPoolExecutor(8) as threads:
+    # In this order: a producer that closes ends the sends that the threads wait for.
+    with ThreadPoolExecutor(8) as threads, kitemq.sync.Producer(NAMESRV, group="shop") as producer:
         receipts = threads.map(lambda number: producer.send(kitemq.Message("simple", b"%d" % number)), range(100))
         print(f"{len(list(receipts))} sent from 8 threads")
 
@@ -28,4 +29,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except kitemq.BrokerUnavailableError as error:
+        sys.exit(f"{error.message} Start one: kitemq-server standalone --ephemeral")
+    except KeyboardInterrupt:
+        sys.exit(130)

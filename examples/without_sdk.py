@@ -45,4 +45,9 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except grpc.RpcError as error:
+        sys.exit(f"{error.code().name}: {error.details()}. Start a server: kitemq-server standalone --ephemeral")
+    except KeyboardInterrupt:
+        sys.exit(130)

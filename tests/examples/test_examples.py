@@ -5,8 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import signal
+import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -15,7 +19,8 @@ from kitemq.rpc import parse_addresses
 from tests.certificates import make_certificates
 from tests.cluster import Broker, Cluster, Namesrv
 
-EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+ROOT = Path(__file__).parent.parent.parent
+EXAMPLES = ROOT / "examples"
 TIMEOUT_S = 60.0
 
 # Example -> what its output must hold, line by line, as regular expressions.
@@ -113,6 +118,86 @@ async def test_over_tls(tmp_path: Path) -> None:
     finally:
         await broker.stop()
         await namesrv.stop()
+
+
+@pytest.fixture
+def programs(tmp_path: Path) -> dict[str, list[str]]:
+    """Every program that needs a server, and the README's: the words that start it with `NAMESRV`."""
+    certificates = make_certificates(tmp_path / "certificates")
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    readme = tmp_path / "readme.py"
+    readme.write_text("import sys as _sys\n" + block.replace('"127.0.0.1:9876"', "_sys.argv[1]"))
+    words = {name: [str(EXAMPLES / name), "NAMESRV"] for name in EXPECTED if name != "send_errors.py"}
+    words["over_tls.py"] = [str(EXAMPLES / "over_tls.py"), "NAMESRV", str(certificates.ca)]
+    return words | {"README.md": [str(readme), "NAMESRV"]}
+
+
+async def ended(words: list[str], namesrv: str, interrupt: asyncio.Event | None = None) -> tuple[int | None, str]:
+    """Exit code and stderr."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-W", "error", *(word.replace("NAMESRV", namesrv) for word in words)),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        async with asyncio.timeout(TIMEOUT_S):
+            if interrupt is not None:
+                await interrupt.wait()
+                process.send_signal(signal.SIGINT)
+            _, err = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+    return process.returncode, err.decode()
+
+
+@pytest.mark.slow
+async def test_without_a_server_every_program_says_so_in_a_line(programs: dict[str, list[str]]) -> None:
+    """All at once: a send is tried for 15 s."""
+    results = await asyncio.gather(*(ended(words, "127.0.0.1:1") for words in programs.values()))
+    for name, (code, err) in zip(programs, results, strict=True):
+        assert code == 1, (name, err)
+        assert re.fullmatch(
+            r".*127\.0\.0\.1:1\b.*[Ss]tart .*(kitemq-server standalone|docs/operations\.md).*\n", err
+        ), (
+            name,
+            err,
+        )
+
+
+async def test_ctrl_c_ends_every_program_at_once_and_without_a_word(programs: dict[str, list[str]]) -> None:
+    """While each waits for a server that takes its connection and never answers."""
+
+    async def interrupted(words: list[str]) -> tuple[float, tuple[int | None, str]]:
+        came, interrupt = asyncio.Event(), asyncio.Event()
+
+        async def swallow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            came.set()
+            with suppress(ConnectionError):
+                await reader.read()
+            writer.close()
+
+        server = await asyncio.start_server(swallow, "127.0.0.1", 0)
+        running = asyncio.create_task(ended(words, f"127.0.0.1:{server.sockets[0].getsockname()[1]}", interrupt))
+        await asyncio.wait({running, asyncio.ensure_future(came.wait())}, return_when=asyncio.FIRST_COMPLETED)
+        interrupt.set()
+        began = monotonic()
+        result = await running
+        server.close()
+        return monotonic() - began, result
+
+    for name, words in programs.items():
+        took_s, result = await interrupted(words)
+        assert result == (130, ""), (name, result)
+        assert took_s < 5, name
+
+
+def test_over_tls_says_what_it_wants() -> None:
+    result = subprocess.run(
+        [sys.executable, str(EXAMPLES / "over_tls.py")], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1
+    assert "python examples/over_tls.py namesrv ca.pem" in result.stderr
 
 
 def test_every_example_is_listed_and_tested() -> None:

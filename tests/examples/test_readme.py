@@ -29,4 +29,5 @@ async def test_the_readmes_program_sends_and_handles(cluster: Cluster, tmp_path:
         assert handled == "paid b'book'\n"
     finally:
         process.send_signal(signal.SIGINT)
-        await process.communicate()
+        _, err = await process.communicate()
+    assert (process.returncode, err) == (130, b"")

@@ -25,7 +25,7 @@ from tests.crash.producers import Producer
 
 PART_COUNT = 10
 HISTORIES_PER_PART = 200
-BUG_HISTORIES_MAX = 400
+BUG_HISTORIES_MAX = 1000
 ROOT = Path("/store")
 
 

@@ -191,6 +191,25 @@ async def test_a_wrong_entry_is_mended_from_its_neighbours() -> None:
     assert disk.files()[path] == good
 
 
+async def test_times_of_wrong_entries_are_those_of_their_records() -> None:
+    disk = new_disk()
+    clock = Clock()
+    async with opened(disk, clock=clock) as store:
+        for _ in range(10):
+            clock.now_ms += 1000
+            await send(store, batch(1))
+    path = LAYOUT.queue(TOPIC, 0) / f"{0:020d}"
+    for index in (0, 3, 5):  # of a former life: there are zeros now
+        overwrite(disk, path, index * ENTRY_BYTES, ENTRY.pack(50_000, 200, 0))
+    overwrite(disk, path, 7 * ENTRY_BYTES, bytes(ENTRY_BYTES))
+    async with opened(disk) as store:
+        queue = queue_of(store)
+        assert store.search_timestamp(queue, NOW_MS + 5000) == 4
+        assert [store.store_timestamp(queue, index) for index in range(10)] == [
+            NOW_MS + 1000 * (index + 1) for index in range(10)
+        ]
+
+
 async def test_store_times() -> None:
     clock = Clock()
     async with opened(new_disk(), clock=clock) as store:

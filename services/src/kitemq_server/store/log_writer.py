@@ -23,6 +23,7 @@ from kitemq_server.store.store_thread import StoreThread
 
 FULL_RETRY_S = 1.0
 QUICK_FLUSH_S = 0.001
+_UNPROVEN_FLUSH_S = 0.1  # a disk has to show some 40 times that it is quick
 _BUSY_RETRY_MS = 100
 _DRAIN_BYTES_MAX = 4 * 1024 * 1024
 
@@ -47,7 +48,7 @@ class LogWriter:
         self._allocating = False
         self._flush_wanted = False
         self._flushing = threading.Lock()
-        self._flush_s = 0.0  # what a flush takes; after a slow one it takes a while to be believed quick again
+        self._flush_s = _UNPROVEN_FLUSH_S  # what a flush takes; after a slow one it takes a while to be believed quick
         self._fsync_started = 0.0
         self._flush_error: OSError | None = None
         self._directory_dirty = False
@@ -151,7 +152,8 @@ class LogWriter:
 
     def _begin(self, sealed: Segment, following: Segment) -> None:
         """Loop or thread: truncates the segment that has ended, makes the next one's file and its first step."""
-        self._space.seal(sealed)
+        if not sealed.sealed:  # else this is tried again, and a flush may have closed it since
+            self._space.seal(sealed)
         if following.file is None:
             following.file = self._log.disk.open(self._log.layout.segment(following.base), create=True)
             self._directory_dirty = True
@@ -257,7 +259,8 @@ class LogWriter:
         if self._flush_wanted:
             return
         self._flush_wanted = True
-        if self._flush_s < QUICK_FLUSH_S and self._config.flush_mode is FlushMode.SYNC_FLUSH:
+        quick = self._flush_s < QUICK_FLUSH_S and self._config.flush_mode is FlushMode.SYNC_FLUSH
+        if quick and not self._deferred():
             self._thread.run_here(self._flush_here)
         else:
             self._thread.run(self.flush)
@@ -318,10 +321,11 @@ class LogWriter:
     def trim(self) -> None:
         """Thread: gives back what was preallocated, after the last append: the next start has no zeros to look at."""
         self.flush()
-        segment = self._log.segments[-1]
-        if segment.file is not None and not self._pending:
-            self._space.seal(segment)
-            segment.file.fdatasync()
+        with self._flushing:
+            segment = self._log.segments[-1]
+            if segment.file is not None and not self._pending:
+                self._space.seal(segment)
+                segment.file.fdatasync()
 
     def close(self) -> None:
         """Closes the files that are open for writing. After the thread's end."""

@@ -15,10 +15,9 @@ from kitemq.protocol.names import RECORD_BYTES_MAX
 from kitemq.protocol.record import (
     EPOCH_FROM_END,
     FRAME_BYTES,
+    QUEUE_ID_FROM_END,
     RECORD_BYTES_MIN,
-    STORE_TIMESTAMP_FROM_END,
     U32,
-    U64,
     tags_code,
 )
 from kitemq_server.store.commit_log import LogReader
@@ -31,6 +30,7 @@ logger = logging.getLogger(__name__)
 SCAN_ENTRIES_MAX = 16_000  # that one filtered read looks at
 _SCAN_STEP = 2_000
 _RECORD_SIZE_MAX = RECORD_BYTES_MAX + FRAME_BYTES
+_PLACE_AND_TIME = struct.Struct("<IxxQxxQxxQ")  # a trailer's queue id, queue offset, physical offset, store timestamp
 
 
 class ReadStatus(IntEnum):
@@ -294,10 +294,15 @@ class QueueReader:
         if not queue.min_offset <= queue_offset < queue.max_offset:
             return 0
         entry = queue.entry(queue_offset)
-        if entry is None or is_hole(entry):
-            return 0
-        data = self._reader.pread(entry[0] + entry[1] - STORE_TIMESTAMP_FROM_END, 8)
-        return int(U64.unpack(data)[0]) if len(data) == 8 else 0
+        if entry is not None and entry[1] >= RECORD_BYTES_MIN:
+            data = self._reader.pread(entry[0] + entry[1] - QUEUE_ID_FROM_END, _PLACE_AND_TIME.size)
+            if len(data) == _PLACE_AND_TIME.size:
+                *place, stored = _PLACE_AND_TIME.unpack(data)
+                if place == [queue.queue_id, queue_offset, entry[0]]:
+                    return int(stored)
+        # The entry is of a former life, or damaged: it is put right, if its record is there.
+        record = self.record(queue, queue_offset)
+        return record.store_timestamp_ms if record is not None else 0
 
     def search_timestamp(self, queue: ConsumeQueue, timestamp_ms: int) -> int:
         """First queue offset stored at or after `timestamp_ms`; max_offset when nothing is that young."""

@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -47,13 +48,14 @@ class StoreThread:
         self._loop.call_later(delay_s, self.run, job)
 
     def run_here(self, job: Callable[[], None]) -> None:
-        """Runs `job` on the loop when this turn of it is over. Fails as in `run`."""
+        """Runs `job` on the loop when this turn of it is over. Fails as in `run`: the thread ends too."""
 
         def run() -> None:
             try:
                 job()
             except Exception as error:
                 self._failed(error)
+                self.run(partial(_raise, error))
 
         self._loop.call_soon(run)
 
@@ -151,3 +153,7 @@ def _set_result(future: asyncio.Future[T], result: T) -> None:
 def _set_exception(future: asyncio.Future[T], error: Exception) -> None:
     if not future.done():
         future.set_exception(error)
+
+
+def _raise(error: Exception) -> None:
+    raise error

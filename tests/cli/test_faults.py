@@ -41,7 +41,9 @@ async def test_one_broker_of_two_is_lost(cluster: Cluster, proxy: FlakyProxy, ru
     assert "broker-b" in created.err and "done on broker-a" in created.err
     assert (await run("topic", "create", "more", "--broker", "broker-a")).code == ExitCode.OK
     assert (await run("broker", "describe", "broker-b")).code == ExitCode.UNREACHABLE
-    assert [one["broker_name"] for one in (await run("cluster", "list", "-o", "json")).json] == ["broker-a", "broker-b"]
+    brokers = (await run("cluster", "list", "-o", "json")).json
+    assert [(one["broker_name"], one["writable"]) for one in brokers] == [("broker-a", True), ("broker-b", False)]
+    assert "cannot reach it" in brokers[1]["not_writable_reason"]
 
     sent = await run("produce", "orders", stdin="1\n2\n3\n")
     assert sent.code == ExitCode.OK, sent.err

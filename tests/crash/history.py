@@ -200,6 +200,9 @@ class History(Clients):
         try:
             with self.offsets_watched(), suppress(StoreFullError):
                 await self.opened._retention.run_once(config)
+                if self.opened._retention.held_back:
+                    self.opened._snapshotter._not_before = 0.0
+                    self.opened._housekeeping.raise_floor()
         except OSError as error:
             raise BrokerUnavailableError("the broker stops") from error
 
@@ -314,7 +317,7 @@ class History(Clients):
         except (OSError, BrokerUnavailableError):
             return False
         # A full disk may leave something unwritten that nobody was told of.
-        wrote_all = store.flushed_offset == store._log.end_offset
+        wrote_all = store.flushed_offset == store._log.end_offset and not store._commits._pending
         return wrote_all and not self.disk.faults.dead and not self.disk.faults.failed_count
 
     async def open_through_faults(self, rng: random.Random, survives: int) -> int:

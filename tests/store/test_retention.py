@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import pytest
 
+from kitemq.errors import StoreFullError
 from kitemq.proto.v1 import message_pb2
+from kitemq_server.store import housekeeping
 from kitemq_server.store.config import StoreConfig
 from kitemq_server.store.message_store import MessageStore
 from kitemq_server.store.retention import CLOCK_JUMP_MS, Candidate, ClockGuard, Usage, choose
@@ -25,6 +28,7 @@ from tests.store.helpers import (
     small,
     topic_set,
 )
+from tests.waiting import eventually
 
 HOUR_MS = 3_600_000
 
@@ -142,6 +146,79 @@ async def test_the_older_snapshot_and_the_active_segment_are_never_deleted() -> 
         assert len(segment_bases(disk)) == 1
         await send(store, batch(1, body=b"still here"))
         assert bodies(store)[-1] == b"still here"
+
+
+async def test_what_the_snapshots_hold_back_goes_although_nothing_is_appended() -> None:
+    disk = new_disk()
+    clock = Clock()
+    config = small(retention_bytes=1)
+    async with opened(disk, config, clock=clock) as store:
+        await fill(store, clock, 3)
+        await snapshots(store)
+        await fill(store, clock, 5)
+        store._housekeeping.snapshot()
+        await store._thread.drain()
+        end_offset = store._log.end_offset
+        await collect(store)
+        assert len(segment_bases(disk)) == 3  # the older snapshot needs them
+        assert store._retention.held_back
+        await eventually(store._snapshotter.may_start)  # it rests for a while after the one before
+        live_floor = store._state.tables.live_floor
+        store._housekeeping.raise_floor()
+        assert store._log.end_offset > end_offset
+        assert store._state.tables.live_floor == live_floor
+        store._housekeeping.raise_floor()  # one is under way
+        await store._thread.drain()
+        before = disk.copy()
+        await collect(store)
+        assert len(segment_bases(disk)) == 1
+        assert not store._retention.held_back
+        count = len(bodies(store))
+    for survivor in (before.crash(random.Random(0)), disk):
+        async with opened(survivor, small(), clock=clock) as store:
+            assert not store.recovery.damages
+            assert len(bodies(store)) >= count
+
+
+async def test_nothing_more_goes_before_the_last_has_gone() -> None:
+    disk = new_disk()
+    clock = Clock()
+    async with opened(disk, clock=clock) as store:
+        await fill(store, clock, 4)
+        await snapshots(store)
+        stall = disk.faults.stall("directory", part="commitlog")
+        bases = segment_bases(disk)
+        config = replace(store.config, retention_bytes=store.store_bytes - bases[1])
+        await store._retention.run_once(config)
+        await eventually(stall.entered.is_set)
+        await store._retention.run_once(replace(config, retention_bytes=1))
+        assert store.min_physical_offset == bases[1]
+        stall.release()
+        await store._thread.drain()
+        await collect(store, replace(config, retention_bytes=1))
+        assert store.min_physical_offset == bases[4]
+
+
+@pytest.mark.parametrize("taken", [0, 2])
+async def test_a_full_disk_is_relieved_of_what_it_has_to_lose(monkeypatch: pytest.MonkeyPatch, taken: int) -> None:
+    """Sends are refused, so nothing is appended, and no snapshot comes by itself."""
+    monkeypatch.setattr(housekeeping, "_RETENTION_INTERVAL_S", 0.02)
+    monkeypatch.setattr(housekeeping, "_HELD_BACK_INTERVAL_S", 0.02)
+    disk = new_disk()
+    disk.capacity_bytes = 600_000
+    config = small(disk_watermark_percent=60, reserve_bytes=32_768, flush_interval_ms=10)
+    async with opened(disk, config) as store:
+        for _ in range(taken):
+            store.append_change(topic_set())
+            store._housekeeping.snapshot()
+            await store._thread.drain()
+        with pytest.raises(StoreFullError):
+            while True:
+                store.append([batch(10, body=b"x" * 1000)])
+        await eventually(lambda: not store.full)
+        assert store.min_physical_offset > 0
+        assert store._retention.deleted_segment_count < 6
+        await send(store, batch(1))
 
 
 async def test_age_is_judged_by_the_last_record_of_a_segment() -> None:

@@ -6,7 +6,8 @@ import asyncio
 import logging
 import time
 
-from kitemq.errors import BrokerUnavailableError, StoreFullError
+from kitemq.errors import BrokerBusyError, BrokerUnavailableError, StoreFullError
+from kitemq.proto.v1 import message_pb2
 from kitemq_server.store.appender import Appender
 from kitemq_server.store.commit_log import CommitLog
 from kitemq_server.store.config import StoreConfig
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 _INDEX_INTERVAL_S = 1.0
 _RETENTION_INTERVAL_S = 10.0
+_HELD_BACK_INTERVAL_S = 1.0
+_LATER = (StoreFullError, BrokerBusyError, BrokerUnavailableError)
 _BUSY_FACTOR = 4  # a log that grows this much faster than the scrub reads is left alone
 
 
@@ -69,18 +72,36 @@ class Housekeeping:
             if not self._confirmation.failed:
                 try:
                     self.tick(time.monotonic())
-                except (StoreFullError, BrokerUnavailableError) as error:
+                except _LATER as error:
                     logger.warning("offsets are not recorded yet: %s", error)
 
     async def retain(self) -> None:
         """Deletes old segments, until it is cancelled."""
+        interval_s = _RETENTION_INTERVAL_S
         while True:
-            await asyncio.sleep(_RETENTION_INTERVAL_S)
+            await asyncio.sleep(interval_s)
+            interval_s = _RETENTION_INTERVAL_S
             if not self._confirmation.failed:
                 try:
                     await self._retention.run_once(self.config)
-                except (StoreFullError, BrokerUnavailableError) as error:
+                    if self._retention.held_back:
+                        self.raise_floor()
+                        # A log that grows has its snapshots anyway; sends that are refused wait for these.
+                        if self._space.full:
+                            interval_s = _HELD_BACK_INTERVAL_S
+                except _LATER as error:
                     logger.warning("segments are not deleted yet: %s", error)
+
+    def raise_floor(self) -> None:
+        """Begins a snapshot for the sake of what it lets retention delete, if it can now. Raises as an append."""
+        if not self._snapshotter.may_start():
+            return
+        self._commits.append_pending()
+        if not self._snapshotter.is_new(self._log.end_offset):
+            # Nothing has been appended since the last one: a record that repeats what holds makes the next another.
+            floor = message_pb2.LiveFloorRaised(physical_offset=self._retention.live_floor)
+            self._appender.append_changes([message_pb2.SystemRecord(live_floor_raised=floor)])
+        self.snapshot()
 
     def tick(self, now_s: float) -> None:
         """One turn of everything but retention. Raises as an append."""

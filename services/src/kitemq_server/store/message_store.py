@@ -113,9 +113,9 @@ class MessageStore:
             index=self._index,
             thread=self._thread,
             clock_ms=clock_ms,
-            snapshot_floor=lambda: self._snapshotter.floor,
+            snapshotter=self._snapshotter,
             append_change=self.append_change,
-            flush=self._flush,
+            writer=self._writer,
         )
         self._commits = OffsetCommits(
             opened.state.tables.offsets, self._appender.append_changes, interval_ms=self._config.offsets_interval_ms

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from kitemq.proto.v1 import message_pb2
@@ -16,7 +16,9 @@ from kitemq_server.store.commit_log import CommitLog, LogReader, Segment
 from kitemq_server.store.config import StoreConfig
 from kitemq_server.store.consume_queue import ConsumeQueue
 from kitemq_server.store.key_index import KeyIndex
+from kitemq_server.store.log_writer import LogWriter
 from kitemq_server.store.record import ROLL_BYTES
+from kitemq_server.store.snapshotter import Snapshotter
 from kitemq_server.store.space import Space
 from kitemq_server.store.state import State
 from kitemq_server.store.store_thread import StoreThread
@@ -103,9 +105,9 @@ class Retention:
         index: KeyIndex,
         thread: StoreThread,
         clock_ms: Callable[[], int],
-        snapshot_floor: Callable[[], int],
+        snapshotter: Snapshotter,
         append_change: Callable[[message_pb2.SystemRecord], int],
-        flush: Callable[[], Awaitable[None]],
+        writer: LogWriter,
     ) -> None:
         self._log = log
         self._reader = reader
@@ -115,9 +117,9 @@ class Retention:
         self._index = index
         self._thread = thread
         self._clock_ms = clock_ms
-        self._snapshot_floor = snapshot_floor
+        self._snapshotter = snapshotter
         self._append_change = append_change
-        self._flush = flush
+        self._writer = writer
         self._guard = ClockGuard(
             wall_ms=clock_ms(),
             monotonic_ms=time.monotonic_ns() // 1_000_000,
@@ -126,9 +128,23 @@ class Retention:
         self._last_timestamps: dict[int, int] = {}
         self.deleted_unconsumed: dict[str, int] = {}
         self.deleted_segment_count = 0
+        self._removing = False
+        self._wanted_end = 0  # physical offset below which segments had to go at the last look
+
+    @property
+    def live_floor(self) -> int:
+        """Physical offset below which the log says that nothing is needed."""
+        return self._state.tables.live_floor
+
+    @property
+    def held_back(self) -> bool:
+        """Segments have to go that a restart from the older snapshot would read."""
+        return self._wanted_end > self._snapshotter.floor
 
     async def run_once(self, config: StoreConfig) -> None:
         """Deletes what has to go now."""
+        if self._removing:
+            return  # what the disk gets back from it is still to be seen
         candidates = self._candidates()
         wall_ms = self._clock_ms()
         trusted = self._guard.trusts(wall_ms=wall_ms, monotonic_ms=time.monotonic_ns() // 1_000_000)
@@ -140,16 +156,20 @@ class Retention:
             disk_total_bytes=total_bytes,
             oldest_ms=wall_ms - int(config.retention_hours * _HOUR_MS) if by_age else 0,
         )
-        count, reason = choose(candidates, usage, config)
+        wanted, _ = choose(candidates, usage, config)
+        self._wanted_end = candidates[wanted - 1].end_offset if wanted else 0
+        floor = self._snapshotter.floor
+        count, reason = choose([one for one in candidates if one.end_offset <= floor], usage, config)
         if count:
             await self._delete_below(candidates[count - 1].end_offset, reason)
 
     def _candidates(self) -> list[Candidate]:
-        floor = self._snapshot_floor()
+        """Sealed segments that are on disk, oldest first."""
+        flushed_offset = self._writer.flushed_offset
         return [
             Candidate(segment.end_offset, segment.end_offset - segment.base, self._last_timestamp(segment))
             for segment in self._log.segments[:-1]
-            if segment.end_offset <= floor
+            if segment.end_offset < flushed_offset
         ]
 
     def _last_timestamp(self, segment: Segment) -> int:
@@ -165,10 +185,10 @@ class Retention:
         return known
 
     async def _delete_below(self, physical_offset: int, reason: str) -> None:
-        if physical_offset > self._state.tables.live_floor:
+        if physical_offset > self.live_floor:
             floor = message_pb2.LiveFloorRaised(physical_offset=physical_offset)
             self._append_change(message_pb2.SystemRecord(live_floor_raised=floor))
-            await self._flush()
+            await self._thread.call(self._writer.flush)
         moved = await self._move_min_offsets(physical_offset)
         await self._count_unconsumed(moved)
         segments = self._log.segments
@@ -181,6 +201,7 @@ class Retention:
         logger.info(
             "segments deleted: count=%d below=%d because=%s", len(dropped), physical_offset, reason.replace(" ", "_")
         )
+        self._removing = True
         self._thread.run_steps(self._remove([segment.base for segment in dropped], physical_offset, list(moved)))
 
     async def _move_min_offsets(self, physical_offset: int) -> dict[ConsumeQueue, int]:
@@ -220,6 +241,7 @@ class Retention:
             log.disk.remove(log.layout.segment(base))
             yield
         log.disk.fsync_dir(log.layout.commit_log)
+        self._thread.post(self._removed)
         yield
         self._index.drop_below(physical_offset)
         files = self._state.queues.files
@@ -227,3 +249,6 @@ class Retention:
             yield
             if not queue.deleted and files.remove_below(queue.topic, queue.queue_id, queue.min_offset):
                 self._thread.post(files.forget, queue.topic)
+
+    def _removed(self) -> None:
+        self._removing = False

@@ -100,6 +100,14 @@ class Snapshotter:
             or waited * 1000 >= config.snapshot_interval_ms
         )
 
+    def may_start(self) -> bool:
+        """Whether none is under way, and those before have been paid for."""
+        return not self._running and time.monotonic() >= self._not_before
+
+    def is_new(self, physical_offset: int) -> bool:
+        """Whether a snapshot there would be another one than the last."""
+        return physical_offset != self._last_offset
+
     def start(self, physical_offset: int, record_count: int) -> None:
         """Begins a snapshot, unless one is under way."""
         if self._running:

@@ -36,6 +36,6 @@ if __name__ == "__main__":
     try:
         asyncio.run(main())
     except kitemq.BrokerUnavailableError as error:
-        sys.exit(f"{error.message} Start one: kitemq-server standalone --ephemeral")
+        sys.exit(error.message)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -106,7 +106,7 @@ def test_taking_keeps_the_order_and_its_limits(data: st.DataObject) -> None:
     """Whatever is taken, put back, moved away or given up: each taken batch is one run of consecutive numbers."""
     state = state_of(MessageQueue("t", "a", 0))
     pending = [entry([b"x"] * data.draw(st.integers(1, 600))) for _ in range(data.draw(st.integers(1, 12)))]
-    state.pending.extend(pending)
+    state.keep(pending)
     for _ in range(data.draw(st.integers(1, 12))):
         if not state.pending:
             break

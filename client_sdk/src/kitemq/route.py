@@ -144,7 +144,9 @@ class Namesrvs:
                 reasons.append(f"{address}: {error.message}")
                 self.move_on(address)
         raise BrokerUnavailableError(
-            "no namesrv answers (" + "; ".join(reasons) + "): is one running there, and is the address right?",
+            "no namesrv answers ("
+            + "; ".join(reasons)
+            + "): is the address right? Start one with 'kitemq-server standalone'",
             topic=topic,
         )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Iterable
 from struct import Struct
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -95,7 +96,18 @@ class Entry:
 class QueueState:
     """One queue's waiting entries, and what the broker must be told about their order."""
 
-    __slots__ = ("blocked", "head", "in_flight", "next_sequence", "pending", "queue", "refused", "resume", "sender")
+    __slots__ = (
+        "blocked",
+        "head",
+        "in_flight",
+        "message_count",
+        "next_sequence",
+        "pending",
+        "queue",
+        "refused",
+        "resume",
+        "sender",
+    )
 
     def __init__(self, queue: MessageQueue, sender: BrokerSender) -> None:
         self.queue = queue
@@ -104,11 +116,22 @@ class QueueState:
             self.head += b"\x10" + varint(queue.queue_id)
         self.sender = sender
         self.pending: deque[Entry] = deque()
+        self.message_count = 0  # in `pending`
         self.next_sequence = 1
         self.in_flight = 0  # batches
         self.refused: list[Entry] = []  # refused, in order; to go first again once nothing is in flight
         self.resume = False
         self.blocked = False  # waits for a back-off, or for what is in flight behind a refusal
+
+    def add(self, entry: Entry) -> None:
+        """One more that waits."""
+        self.pending.append(entry)
+        self.message_count += len(entry.parts)
+
+    def keep(self, entries: Iterable[Entry]) -> None:
+        """Only these wait from now on."""
+        self.pending = deque(entries)
+        self.message_count = sum([len(entry.parts) for entry in self.pending])
 
     def take(self, bytes_left: int, messages_left: int) -> tuple[list[Entry], int, int]:
         """The next entries for one batch: at least one, then as many as fit. Returns them, their messages and bytes."""
@@ -134,11 +157,13 @@ class QueueState:
             entries.append(entry)
             count += len(entry.parts)
             size += entry.body_bytes
+        self.message_count -= count
         return entries, count, size
 
     def put_back(self, entries: list[Entry]) -> None:
         """Entries that must be sent again, in order, before everything that waits."""
         self.pending.extendleft(reversed(entries))
+        self.message_count += sum([len(entry.parts) for entry in entries])
         self.resume = True
 
 

@@ -29,7 +29,7 @@ from kitemq.producer.publisher import Publishers
 from kitemq.producer.selector import BrokerFaults, QueueSelector, select_by_key
 from kitemq.producer.sender import BrokerSender, SenderSettings, Sends
 from kitemq.proto.v1 import broker_pb2
-from kitemq.protocol.names import check_group
+from kitemq.protocol.names import QUEUE_COUNT_MAX, check_group
 from kitemq.route import RouteCache, open_route_cache
 from kitemq.rpc import Channels, TlsConfig, new_client_id, parse_addresses
 
@@ -75,6 +75,10 @@ class Producer(Sends):
             raise InvalidRequestError(
                 f"request_timeout_s {request_timeout_s} must be above 0 and at most delivery_timeout_s "
                 f"{delivery_timeout_s}"
+            )
+        if not 0 < default_topic_queue_count <= QUEUE_COUNT_MAX:
+            raise InvalidRequestError(
+                f"default_topic_queue_count {default_topic_queue_count} is not 1..{QUEUE_COUNT_MAX}"
             )
         self._addresses = parse_addresses(list(namesrv) if not isinstance(namesrv, str) else namesrv)
         self.group = group
@@ -253,6 +257,8 @@ class Producer(Sends):
         """
         if not self._open:
             raise ClientClosedError("the producer is not open: use it inside 'async with'")
+        if queue is not None:
+            _check_queue(queue)
         for hook in self._hooks:
             messages = [hook.before_send(message) for message in messages]
         publisher = self._publishers.get(messages[0].topic)
@@ -307,7 +313,9 @@ class Producer(Sends):
             state = self._state(wish.queue)
         elif wish.selector is not None and wish.message is not None:
             try:
-                state = self._state(wish.selector(publisher.queues, wish.message))
+                chosen = wish.selector(publisher.queues, wish.message)
+                _check_queue(chosen)
+                state = self._state(chosen)
             except Exception as error:  # the user's code: its error is the send's
                 self._fail(entry, error)
                 return
@@ -455,14 +463,30 @@ def _offsets(runs: Iterable[broker_pb2.OffsetRun]) -> Iterable[tuple[int, bool]]
             yield (-1 if run.unknown else run.first_queue_offset + index), run.repeated
 
 
+def _check_queue(queue: MessageQueue) -> None:
+    if not 0 <= queue.queue_id < QUEUE_COUNT_MAX:
+        raise InvalidRequestError(f"queue id {queue.queue_id} is not 0..{QUEUE_COUNT_MAX - 1}", topic=queue.topic)
+
+
 def _slices(messages: Sequence[Message]) -> Iterable[list[Message]]:
     """Runs that fit one request."""
     part: list[Message] = []
     size = 0
     for message in messages:
-        if part and (size + len(message.body) > REQUEST_BYTES_MAX or len(part) >= BATCH_MESSAGES_MAX):
+        message_bytes = _bytes_at_most(message)
+        if part and (size + message_bytes > REQUEST_BYTES_MAX or len(part) >= BATCH_MESSAGES_MAX):
             yield part
             part, size = [], 0
         part.append(message)
-        size += len(message.body)
+        size += message_bytes
     yield part
+
+
+def _bytes_at_most(message: Message) -> int:
+    """Body, tag, keys and properties of a message; UTF-8 is at most 4 bytes a character."""
+    size = len(message.body)
+    if message.tag or message.keys or message.properties:
+        chars = len(message.tag) + sum(map(len, message.keys))
+        chars += sum([len(name) + len(value) for name, value in message.properties.items()])
+        size += 4 * chars
+    return size

@@ -130,6 +130,7 @@ class Publishers:
         """Until the topic has writable queues, or waiting for them makes no sense."""
         loop = asyncio.get_running_loop()
         delay_s = ROUTE_RETRY_MIN_S
+        warned = False
         while True:
             try:
                 await self._set_route(publisher)
@@ -141,6 +142,9 @@ class Publishers:
                 return
             except KiteMQError as refusal:
                 error = refusal
+            if not warned:
+                warned = True
+                logger.warning("producer: no route yet topic=%s error=%s", publisher.topic, error)
             overdue = [entry for entry in publisher.parked if entry.deadline <= loop.time() + delay_s]
             for entry in overdue:
                 publisher.parked.remove(entry)

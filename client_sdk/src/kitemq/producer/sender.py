@@ -28,8 +28,9 @@ from kitemq.errors import (
     error_from_stream,
 )
 from kitemq.message import MessageQueue
-from kitemq.producer.accumulator import BatchEncoder, Entry, QueueState
+from kitemq.producer.accumulator import BATCH_MESSAGES_MAX, REQUEST_BYTES_MAX, BatchEncoder, Entry, QueueState
 from kitemq.proto.v1 import broker_pb2
+from kitemq.protocol.names import REQUEST_BATCHES_MAX, REQUEST_MESSAGES_MAX
 from kitemq.rpc import Channels
 
 logger = logging.getLogger(__name__)
@@ -133,11 +134,10 @@ class BrokerSender:
 
     def submit(self, entry: Entry, state: QueueState) -> None:
         """Queue the entry behind what waits already."""
-        pending = state.pending
-        pending.append(entry)
+        state.add(entry)
         self._waiting += len(entry.parts)
         if not state.blocked:
-            if len(pending) == 1:
+            if len(state.pending) == 1:
                 self._ready.append(state)
             waiter = self._waiter
             if waiter is not None and not waiter.done() and self._may_send():
@@ -273,24 +273,28 @@ class BrokerSender:
 
     def _next_request(self) -> bytes | None:
         ready = self._ready
-        self._waiting = sum([len(entry.parts) for state in ready for entry in state.pending])
+        self._waiting = sum([state.message_count for state in ready])
         if not ready or not self._may_send():
             return None
         batches: list[tuple[QueueState, list[Entry]]] = []
         pieces: list[bytes] = [b""]
         size = 0
+        # What goes only because answers take long had better be large.
+        late = len(self._requests) >= SIDE_BY_SIDE_REQUESTS_MAX
+        bytes_wanted, bytes_full = (REQUEST_BYTES_MAX,) * 2 if late else (REQUEST_BYTES_WANTED, REQUEST_BYTES_FULL)
         # Half of what is under way, so that broker and producer work at the same time, not in turn.
         under_way = self._waiting + self._in_flight_messages
         wanted = under_way if under_way < 2 * SIDE_BY_SIDE_MESSAGES else (under_way + 1) // 2
+        wanted = min(wanted, REQUEST_MESSAGES_MAX - BATCH_MESSAGES_MAX)  # the last entry may be a full one
         again: list[QueueState] = []
-        while ready and wanted > 0 and size < REQUEST_BYTES_FULL:
+        while ready and wanted > 0 and size < bytes_full and len(batches) < REQUEST_BATCHES_MAX:
             state = ready.popleft()
             if state.blocked or not state.pending:
                 continue
             if state.in_flight >= IN_FLIGHT_BATCHES_MAX:
                 again.append(state)
                 continue
-            entries, message_count, byte_count = state.take(REQUEST_BYTES_WANTED - size, wanted)
+            entries, message_count, byte_count = state.take(bytes_wanted - size, wanted)
             size += byte_count
             wanted -= message_count
             self._waiting -= message_count
@@ -410,7 +414,7 @@ class BrokerSender:
                 entry.last_error = error
                 if entry.bound or entry.sent or not self._sends.move(entry, state):
                     stay.append(entry)
-            state.pending = stay
+            state.keep(stay)
         self._ready = deque(state for state in self._states.values() if state.pending and not state.blocked)
 
     def _tick(self) -> None:
@@ -422,7 +426,7 @@ class BrokerSender:
                 self._timed_out = True
                 self._stream.cancel()
             break  # the first is the oldest
-        for state in self._states.values():
+        for state in list(self._states.values()):  # giving one up lets another in, maybe for a new queue
             if state.pending and min(entry.deadline for entry in state.pending) <= now:
                 self._expire(state, now)
             busy = busy or bool(state.pending) or bool(state.refused)
@@ -432,16 +436,15 @@ class BrokerSender:
             self._ticking = False
 
     def _expire(self, state: QueueState, now: float) -> None:
-        keep: deque[Entry] = deque()
-        for entry in state.pending:
-            if entry.deadline > now:
-                keep.append(entry)
-                continue
+        overdue = [entry for entry in state.pending if entry.deadline <= now]
+        # First, as giving one up may let another in behind.
+        state.keep([entry for entry in state.pending if entry.deadline > now])
+        if not state.pending and state in self._ready:
+            self._ready.remove(state)
+        for entry in overdue:
             cause = f": {entry.last_error.message}" if entry.last_error is not None else ""
             if entry.sent:
                 text = f"delivery timed out, the message may or may not be stored{cause}"
             else:
                 text = f"delivery timed out, the message is not stored{cause}"
             self._sends.failed(entry, RequestTimeoutError(text, topic=state.queue.topic, address=self.address or None))
-        state.pending = keep
-        state.resume = True

@@ -16,6 +16,9 @@ KEYS_MAX = 64
 SHARDING_KEY_CHARS_MAX = 64
 MESSAGE_ID_CHARS_MAX = 128
 QUEUE_COUNT_MAX = 16_384
+# Of one SendRequest. It is one turn of the broker's loop: so many messages take it some 50 ms.
+REQUEST_BATCHES_MAX = 1_024
+REQUEST_MESSAGES_MAX = 16_384
 
 # gRPC messages: a full request or reply, and what a last record may add to it.
 GRPC_BYTES_MAX = 16 * 1024 * 1024

@@ -20,6 +20,7 @@ from kitemq.errors import (
 )
 from kitemq.proto.v1 import broker_pb2, message_pb2
 from kitemq.proto.v1.broker_pb2 import FLUSH_DISK_TIMEOUT, SEND_OK, BatchResult, SendResponse
+from kitemq.protocol.names import REQUEST_BATCHES_MAX, REQUEST_MESSAGES_MAX
 from kitemq.protocol.record import FRAME_BYTES, TRAILER_BYTES, tags_code
 from kitemq_server.broker.incoming import PART_BYTES_MAX, check_messages, parse_batch
 from kitemq_server.broker.metrics import MessageCounts
@@ -31,9 +32,6 @@ from kitemq_server.store.message_store import MessageStore
 
 STREAMS_MAX = 20_000
 REQUESTS_IN_FLIGHT_MAX = 64
-BATCHES_PER_REQUEST_MAX = 1_024
-# One request is one turn of the loop: this many messages take it some 50 ms.
-MESSAGES_PER_REQUEST_MAX = 16_384
 # Queues of one stream that wait for a `resume`. More means that the client does not follow the protocol.
 REFUSED_QUEUES_MAX = 65_536
 BUSY_RETRY_AFTER_MS = 100
@@ -279,14 +277,14 @@ class SendStream(DuplexStream):
             request = broker_pb2.SendRequest.FromString(raw)
         except DecodeError:
             raise InvalidRequestError("the request is not a valid SendRequest") from None
-        if len(request.batches) > BATCHES_PER_REQUEST_MAX:
+        if len(request.batches) > REQUEST_BATCHES_MAX:
             raise InvalidRequestError(
-                f"request {request.number} has {len(request.batches)} batches: at most {BATCHES_PER_REQUEST_MAX}"
+                f"request {request.number} has {len(request.batches)} batches: at most {REQUEST_BATCHES_MAX}"
             )
         message_count = sum(len(batch.sizes) for batch in request.batches)
-        if message_count > MESSAGES_PER_REQUEST_MAX:
+        if message_count > REQUEST_MESSAGES_MAX:
             raise InvalidRequestError(
-                f"request {request.number} has {message_count} messages: at most {MESSAGES_PER_REQUEST_MAX}"
+                f"request {request.number} has {message_count} messages: at most {REQUEST_MESSAGES_MAX}"
             )
         reply = _Reply()
         result = reply.response.results.add(number=request.number)

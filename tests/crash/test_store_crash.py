@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from kitemq_server.store import queue_repair
 from kitemq_server.store.filenames import Layout
 from kitemq_server.store.message_store import StoreConfig, open_store
 from tests.crash import soak
@@ -76,6 +77,27 @@ async def test_the_index_does_not_believe_a_history_that_was_cut() -> None:
 
 def record_count(disk: CrashDisk) -> int:
     return len(read_log(disk.files(), Layout(ROOT).commit_log).records)
+
+
+async def test_rebuilt_queues_are_on_disk_before_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The snapshot says that they are complete, so nothing writes them once more after a power loss."""
+    monkeypatch.setattr(queue_repair, "_MEMORY_ENTRIES_MAX", 5)
+    rng = random.Random(0)
+    producer = Producer(0xA1)
+    config = StoreConfig(segment_bytes=65536, allocate_bytes=4096, reserve_bytes=0, record_bytes_max=2048)
+    disk = CrashDisk(ROOT)
+    async with open_store(disk, ROOT, config) as store:
+        store.append([producer.batch(("orders", 0), 20, rng, equal=True).batch])
+    for seed in range(200):
+        after = disk.copy()
+        after.erase(Layout(ROOT).queue("orders", 0))
+        async with open_store(after, ROOT, config):
+            after = after.crash(random.Random(seed))
+        async with open_store(after, ROOT, config) as store:
+            queue = store.queue("orders", 0)
+            assert queue is not None
+            assert store.read(queue, 0, count_max=32, bytes_max=1 << 20).count == 20
+            assert store._reader.mended_entry_count == 0
 
 
 async def test_a_deletion_that_a_crash_undid_is_finished() -> None:

@@ -70,6 +70,7 @@ class Recovery:
         broken = check_queues(self._state.queues, self._log.start_offset if self._log.segments else start)
         if broken:
             rebuild_queues(self._reader, broken, start, self._flush_tails)
+            self._state.queues.files.sync()  # the snapshot says that they are complete
         end_offset = self._replay(start)
         self._applied.finish()
         self._cut(end_offset)

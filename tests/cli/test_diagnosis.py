@@ -88,6 +88,18 @@ def test_a_healthy_broker() -> None:
             "retention_hours",
         ),
         (
+            {"description": description(disk_free_bytes=14 * GIB), "watermark_percent": 85},
+            Level.WARNING,
+            "its disk is 86.0% used, above its disk_watermark_percent of 85: it deletes the oldest messages",
+            "kitemq broker config a --set disk_watermark_percent=N",
+        ),
+        (
+            {"description": description(disk_free_bytes=20 * GIB), "watermark_percent": 85},
+            Level.WARNING,
+            "its disk is 80.0% used, near its disk_watermark_percent of 85: above that it deletes the oldest",
+            "a disk of its own",
+        ),
+        (
             {"description": description(writable=False, not_writable_reason="the disk is full")},
             Level.BROKEN,
             "takes no messages: the disk is full",
@@ -110,6 +122,13 @@ def test_what_is_wrong_with_a_broker_that_answers(
     assert levels(findings) == [Level.OK, level]
     assert findings[1].text.startswith(text)
     assert advice in findings[1].advice
+
+
+@pytest.mark.parametrize("free_and_watermark", [(21, 85), (14, 0), (40, 85)])
+def test_a_disk_far_below_its_watermark_or_without_one_is_fine(free_and_watermark: tuple[int, int]) -> None:
+    free, watermark = free_and_watermark
+    well = probe(description=description(disk_free_bytes=free * GIB), watermark_percent=watermark)
+    assert levels(judge_broker(well, tls=False)) == [Level.OK]
 
 
 def test_another_broker_at_the_address() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,18 @@ async def test_doctor_on_a_healthy_cluster(cluster: Cluster, run: Run) -> None:
     table = await run("doctor")
     assert table.code == ExitCode.OK
     assert table.out.startswith(f"ok    namesrv {cluster.namesrv_address}: answers; knows broker-a, broker-b (")
+
+
+async def test_doctor_on_a_disk_near_its_watermark(cluster: Cluster, run: Run, tmp_path: Path) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    watermark = max(10, 100 * (usage.total - usage.free) // usage.total)
+    changed = await run("broker", "config", "broker-a", "--set", f"disk_watermark_percent={watermark}")
+    assert changed.code == ExitCode.OK
+    code, found = await findings(run)
+    assert code is ExitCode.OK
+    (warning,) = (one for one in found if f"disk_watermark_percent of {watermark}:" in one["text"])
+    assert (warning["level"], warning["subject"]) == ("warning", "broker broker-a")
+    assert "--set disk_watermark_percent=N" in warning["advice"]
 
 
 async def test_doctor_on_a_broker_that_cannot_be_reached(cluster: Cluster, proxy: FlakyProxy, run: Run) -> None:

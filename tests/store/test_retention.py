@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from dataclasses import replace
 
@@ -111,7 +112,7 @@ async def test_old_segments_go_with_their_entries_and_buckets() -> None:
         await collect(store, replace(config, retention_bytes=store.store_bytes - bases[2]))
         assert segment_bases(disk) == bases[2:]
         assert store.min_physical_offset == bases[2]
-        assert store._state.tables.live_floor == bases[2]
+        assert store.live_floor == bases[2]
         queue = queue_of(store)
         assert queue.min_offset > 0
         assert len(bodies(store)) == before - queue.min_offset
@@ -249,6 +250,52 @@ async def test_the_disk_watermark() -> None:
         await collect(store)
         used = disk.total_bytes(LAYOUT.root) - disk.free_bytes(LAYOUT.root)
         assert 100_000 < used <= 250_000
+
+
+async def test_a_disk_that_others_fill_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    """At the start, and when the watermark first deletes something; again only after it has been well below."""
+    disk = new_disk()
+    clock = Clock()
+    config = small(disk_watermark_percent=50)
+
+    def warnings() -> list[str]:
+        lines = [one.message for one in caplog.records if one.levelname == "WARNING"]
+        caplog.clear()
+        return [line for line in lines if "watermark" in line]
+
+    def others_use(percent: int) -> None:
+        """The disk becomes that much fuller than the log alone makes it."""
+        disk.capacity_bytes = disk.used_bytes() * 100 // percent
+
+    async with opened(disk, config, clock=clock) as store:
+        await fill(store, clock, 6)
+        await snapshots(store)
+        others_use(40)
+        await collect(store)
+        assert warnings() == []
+        others_use(54)
+        await collect(store)
+        (line,) = warnings()
+        assert "used_percent=54.0 watermark_percent=50" in line or "used_percent=53.9 watermark_percent=50" in line
+        assert "deleted_segments=1 deleted_bytes=6" in line
+        others_use(54)
+        await collect(store)
+        assert store._retention.deleted_segment_count == 2
+        assert warnings() == []
+        others_use(40)
+        await collect(store)
+        others_use(60)
+        await collect(store)
+        assert len(warnings()) == 1
+        others_use(70)
+    warnings()
+    async with opened(disk, config, clock=clock):
+        await eventually(lambda: "deleted_segments=0 deleted_bytes=0" in caplog.text)
+        assert len(warnings()) == 1
+    async with opened(disk, small(disk_watermark_percent=0), clock=clock):
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert warnings() == []
 
 
 async def test_messages_that_a_group_had_not_consumed_are_counted(caplog: pytest.LogCaptureFixture) -> None:

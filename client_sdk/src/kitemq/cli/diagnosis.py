@@ -9,6 +9,7 @@ import asyncio
 import ipaddress
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -23,6 +24,7 @@ ANSWER_S = 3.0
 CLOCK_SKEW_MS_MAX = 1000
 DISK_FREE_MIN = 0.10
 DISK_FREE_BYTES_MIN = 1024**3
+WATERMARK_NEAR_PERCENT = 5
 HEARTBEAT_AGE_MS_MAX = 75_000  # two heartbeats of 30 s missed
 
 
@@ -69,6 +71,7 @@ class BrokerProbe:
     error: KiteMQError | None = None
     spoken: Protocol | None = None
     description: BrokerDescription | None = None
+    watermark_percent: int = 0  # disk_watermark_percent; 0 = off, or not known
     took_ms: float = 0.0
     skew_ms: float = 0.0
 
@@ -162,6 +165,10 @@ async def probe_broker(broker: BrokerInfo, listener: str, address: str, channels
     probe.description = BrokerDescription.from_proto(answer)
     # The broker's clock was read somewhere between asking and answer; the middle is off by half the way at most.
     probe.skew_ms = probe.description.broker_timestamp_ms - (began_ms + probe.took_ms / 2)
+    with suppress(KiteMQError):
+        config = await call(stub.GetConfig, admin_pb2.GetConfigRequest(), timeout_s=ANSWER_S, address=address)
+        values = {item.key: item.value for item in config.items}
+        probe.watermark_percent = int(values.get("disk_watermark_percent", "0"))
     return probe
 
 
@@ -272,6 +279,13 @@ def judge_description(probe: BrokerProbe, found: BrokerDescription) -> list[Find
         reason = found.not_writable_reason or "it does not say why"
         findings.append(finding(Level.BROKEN, f"takes no messages: {reason}", "mend that; sends go on by themselves"))
     free = found.disk_free_bytes / found.disk_total_bytes if found.disk_total_bytes else 1.0
+    if watermark := _watermark_text(probe, 100 * (1 - free)):
+        advice = (
+            "delete what else is on that disk, give the store a disk of its own, or keep less by choice "
+            "(retention_hours, retention_bytes); to raise the mark: "
+            f"`kitemq broker config {found.broker_name} --set disk_watermark_percent=N`"
+        )
+        findings.append(finding(Level.WARNING, watermark, advice))
     if free < DISK_FREE_MIN or found.disk_free_bytes < DISK_FREE_BYTES_MIN < found.disk_total_bytes:
         text = (
             f"its disk is nearly full: {bytes_text(found.disk_free_bytes)} of {bytes_text(found.disk_total_bytes)} free"
@@ -288,6 +302,20 @@ def judge_description(probe: BrokerProbe, found: BrokerDescription) -> list[Find
         text = "clients are told a loopback address: only those on the broker's own machine can reach it"
         findings.append(finding(Level.NOTE, text, "for others set 'advertise' to a name or address that they can dial"))
     return findings
+
+
+def _watermark_text(probe: BrokerProbe, used_percent: float) -> str:
+    """What the disk's watermark does, or soon will; empty when that is far away."""
+    watermark = probe.watermark_percent
+    if not watermark or used_percent < watermark - WATERMARK_NEAR_PERCENT:
+        return ""
+    used = f"its disk is {used_percent:.1f}% used"
+    if used_percent > watermark:
+        return f"{used}, above its disk_watermark_percent of {watermark}: it deletes the oldest messages, read or not"
+    return (
+        f"{used}, near its disk_watermark_percent of {watermark}: "
+        "above that it deletes the oldest messages, read or not, whatever filled the disk"
+    )
 
 
 def _unreachable(

@@ -162,6 +162,7 @@ class BrokerAdminService(admin_pb2_grpc.BrokerAdminServicer):
             written_offset=store.written_offset,
             flushed_offset=store.flushed_offset,
             confirm_offset=store.confirm_offset,
+            live_floor=store.live_floor,
             store_bytes=store.store_bytes,
             disk_free_bytes=store.disk_free_bytes,
             disk_total_bytes=store.disk_total_bytes,

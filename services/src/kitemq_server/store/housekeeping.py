@@ -77,6 +77,7 @@ class Housekeeping:
 
     async def retain(self) -> None:
         """Deletes old segments, until it is cancelled."""
+        self._retention.look_at_disk(self.config)
         interval_s = _RETENTION_INTERVAL_S
         while True:
             await asyncio.sleep(interval_s)

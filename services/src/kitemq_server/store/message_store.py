@@ -40,7 +40,6 @@ from kitemq_server.store.tables import EpochStart, LockKey, OffsetTable
 logger = logging.getLogger(__name__)
 
 _WALL_CLOCK_MS = SystemClock().wall_ms
-
 _THREAD_FILES_MAX = 8
 _END_OF_TIME_MS = 1 << 63
 
@@ -274,10 +273,7 @@ class MessageStore:
     def find_by_key(
         self, topic: str, key: str, *, begin_ms: int = 0, end_ms: int = 0, count_max: int = FOUND_MAX
     ) -> list[Record]:
-        """Confirmed messages of the topic with this key, stored in [begin_ms, end_ms), newest first.
-
-        end_ms: 0 = open. count_max: at most 64.
-        """
+        """Confirmed messages of the topic with this key, stored in [begin_ms, end_ms), 0 = open; newest 64 first."""
         return self._search.by_key(
             topic,
             key,
@@ -301,6 +297,11 @@ class MessageStore:
     def min_physical_offset(self) -> int:
         """Physical offset of the oldest byte kept."""
         return self._log.start_offset
+
+    @property
+    def live_floor(self) -> int:
+        """Physical offset below which the log says that nothing is needed."""
+        return self._retention.live_floor
 
     @property
     def store_bytes(self) -> int:

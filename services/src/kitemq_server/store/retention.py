@@ -27,7 +27,9 @@ logger = logging.getLogger(__name__)
 
 CLOCK_JUMP_MS = 10 * 60 * 1000
 _HOUR_MS = 3_600_000
+_WATERMARK = "disk watermark"
 _QUEUES_PER_TURN = 100
+_WARN_AGAIN_PERCENT = 5  # below its watermark the disk has to come, before what the watermark deletes is news again
 
 
 class ClockGuard:
@@ -69,26 +71,45 @@ class Usage:
     disk_total_bytes: int
     oldest_ms: int
 
+    @property
+    def disk_used_percent(self) -> float:
+        """Of what the broker could use."""
+        return self.disk_used_bytes * 100 / max(1, self.disk_total_bytes)
+
+    def above(self, watermark_percent: int, freed_bytes: int = 0) -> bool:
+        """Whether the disk is above the watermark (0 = off), still so with some more bytes free."""
+        used_bytes = self.disk_used_bytes - freed_bytes
+        return watermark_percent > 0 and used_bytes * 100 > self.disk_total_bytes * watermark_percent
+
 
 def choose(candidates: Sequence[Candidate], usage: Usage, config: StoreConfig) -> tuple[int, str]:
     """How many of the candidates, oldest first, have to go, and why the last of them."""
-    log_bytes = usage.log_bytes
-    used_bytes = usage.disk_used_bytes
+    freed_bytes = 0
     reason = ""
     for count, candidate in enumerate(candidates):
         if candidate.last_timestamp_ms < usage.oldest_ms:
             reason = "age"
-        elif config.retention_bytes and log_bytes > config.retention_bytes:
+        elif config.retention_bytes and usage.log_bytes - freed_bytes > config.retention_bytes:
             reason = "size of the log"
-        elif (
-            config.disk_watermark_percent and used_bytes * 100 > usage.disk_total_bytes * config.disk_watermark_percent
-        ):
-            reason = "disk watermark"
+        elif usage.above(config.disk_watermark_percent, freed_bytes):
+            reason = _WATERMARK
         else:
             return count, reason
-        log_bytes -= candidate.byte_count
-        used_bytes -= candidate.byte_count
+        freed_bytes += candidate.byte_count
     return len(candidates), reason
+
+
+def _warn_of_watermark(usage: Usage, config: StoreConfig, deleted: Sequence[Candidate]) -> None:
+    logger.warning(
+        "disk above its watermark: used_percent=%.1f watermark_percent=%d log_bytes=%d other_bytes=%d "
+        "deleted_segments=%d deleted_bytes=%d",
+        usage.disk_used_percent,
+        config.disk_watermark_percent,
+        usage.log_bytes,
+        max(0, usage.disk_used_bytes - usage.log_bytes),
+        len(deleted),
+        sum(one.byte_count for one in deleted),
+    )
 
 
 class Retention:
@@ -128,6 +149,7 @@ class Retention:
         self._last_timestamps: dict[int, int] = {}
         self.deleted_unconsumed: dict[str, int] = {}
         self.deleted_segment_count = 0
+        self._watermark_warned = False
         self._removing = False
         self._wanted_end = 0  # physical offset below which segments had to go at the last look
 
@@ -149,19 +171,29 @@ class Retention:
         wall_ms = self._clock_ms()
         trusted = self._guard.trusts(wall_ms=wall_ms, monotonic_ms=time.monotonic_ns() // 1_000_000)
         by_age = trusted and config.retention_hours > 0
-        total_bytes = self._space.total_bytes
-        usage = Usage(
-            log_bytes=self._log.bytes_kept,
-            disk_used_bytes=total_bytes - self._space.free_bytes,
-            disk_total_bytes=total_bytes,
-            oldest_ms=wall_ms - int(config.retention_hours * _HOUR_MS) if by_age else 0,
-        )
+        usage = self._usage(oldest_ms=wall_ms - int(config.retention_hours * _HOUR_MS) if by_age else 0)
+        if usage.disk_used_percent < config.disk_watermark_percent - _WARN_AGAIN_PERCENT:
+            self._watermark_warned = False
         wanted, _ = choose(candidates, usage, config)
         self._wanted_end = candidates[wanted - 1].end_offset if wanted else 0
         floor = self._snapshotter.floor
         count, reason = choose([one for one in candidates if one.end_offset <= floor], usage, config)
         if count:
+            if reason == _WATERMARK and not self._watermark_warned:
+                self._watermark_warned = True
+                _warn_of_watermark(usage, config, candidates[:count])
             await self._delete_below(candidates[count - 1].end_offset, reason)
+
+    def look_at_disk(self, config: StoreConfig) -> None:
+        """Warns of a disk that is above its watermark at the start: what it will cost is said before it is gone."""
+        usage = self._usage(oldest_ms=0)
+        if usage.above(config.disk_watermark_percent):
+            _warn_of_watermark(usage, config, [])
+
+    def _usage(self, *, oldest_ms: int) -> Usage:
+        total_bytes = self._space.total_bytes
+        used_bytes = total_bytes - self._space.free_bytes
+        return Usage(self._log.bytes_kept, used_bytes, total_bytes, oldest_ms)
 
     def _candidates(self) -> list[Candidate]:
         """Sealed segments that are on disk, oldest first."""

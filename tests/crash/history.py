@@ -251,8 +251,6 @@ class History(Clients):
                 self.store = await self.stack.enter_async_context(
                     open_store(self.disk, ROOT, self.config, clock_ms=self.clock_ms, buckets=self.buckets)
                 )
-                if self.seed % 2:
-                    self.store._writer._flush_s = 0.0  # the disk has long shown that it is quick
                 return
             except (StoreOpenError, OSError) as error:
                 full = isinstance(error, StoreOpenError) or error.errno == errno.ENOSPC

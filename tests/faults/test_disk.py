@@ -238,8 +238,6 @@ async def check_a_stuck_disk(cluster: Cluster, disk: CrashDisk, *, sync: bool) -
     async with asking(cluster.broker.address) as broker:
         for number in range(TURNS):
             await broker.send(b"%d" % number)
-        # A disk that has been quick is flushed by the loop, which would hang with it: this one has had a slow moment.
-        cluster.broker.store._writer._flush_s = 1.0
         try:
             stalls.append(disk.faults.stall("sync"))
             first = asyncio.create_task(broker.send(b"stuck"))

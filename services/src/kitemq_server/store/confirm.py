@@ -68,8 +68,8 @@ class Confirmation:
             self._advance_confirm()
 
     def flushed(self, end_offset: int) -> None:
-        """The log is on disk up to here; the thread may say so after the loop has seen more."""
-        self.flushed_offset = max(self.flushed_offset, end_offset)
+        """The log is on disk up to here."""
+        self.flushed_offset = end_offset
         if self._sync:
             self._advance_confirm()
 

@@ -7,7 +7,6 @@ not, what was taken waits until there is space.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -22,8 +21,6 @@ from kitemq_server.store.space import Space, is_full
 from kitemq_server.store.store_thread import StoreThread
 
 FULL_RETRY_S = 1.0
-QUICK_FLUSH_S = 0.001
-_UNPROVEN_FLUSH_S = 0.1  # a disk has to show some 40 times that it is quick
 _BUSY_RETRY_MS = 100
 _DRAIN_BYTES_MAX = 4 * 1024 * 1024
 
@@ -47,8 +44,6 @@ class LogWriter:
         self.pending_bytes = 0
         self._allocating = False
         self._flush_wanted = False
-        self._flushing = threading.Lock()
-        self._flush_s = _UNPROVEN_FLUSH_S  # what a flush takes; after a slow one it takes a while to be believed quick
         self._fsync_started = 0.0
         self._flush_error: OSError | None = None
         self._directory_dirty = False
@@ -256,41 +251,17 @@ class LogWriter:
 
     def flush_soon(self) -> None:
         """Asks for a flush; what is appended in this turn of the loop, and until it begins, is covered."""
-        if self._flush_wanted:
-            return
-        self._flush_wanted = True
-        quick = self._flush_s < QUICK_FLUSH_S and self._config.flush_mode is FlushMode.SYNC_FLUSH
-        if quick and not self._deferred():
-            self._thread.run_here(self._flush_here)
-        else:
+        if not self._flush_wanted:
+            self._flush_wanted = True
             self._thread.run(self.flush)
-
-    def _flush_here(self) -> None:
-        """The loop waits for a disk this quick itself: handing over to the thread and back takes longer."""
-        if not self._flushing.acquire(blocking=False):
-            self._thread.run(self.flush)
-            return
-        try:
-            flushed = self._flush()
-        finally:
-            self._flushing.release()
-        if flushed is not None:
-            self._flushed(*flushed)
 
     def flush(self) -> None:
         """Thread: everything written so far is on disk when this returns. Raises OSError, which is fatal: so does every
         later flush, as a second fsync may succeed without having written what the first one lost."""
-        with self._flushing:
-            flushed = self._flush()
-        if flushed is not None:
-            self._thread.post(self._flushed, *flushed)
-
-    def _flush(self) -> tuple[int, float] | None:
-        """Loop or thread, never both: what `_flushed` is to be told."""
         self._flush_wanted = False
         target = self._written_offset
         if target <= self._flushed_offset:
-            return None
+            return
         if self._flush_error is not None:
             raise self._flush_error
         started = self._fsync_started = time.monotonic()
@@ -303,9 +274,7 @@ class LogWriter:
         finally:
             self._fsync_started = 0.0
         self._flushed_offset = target
-        took_s = time.monotonic() - started
-        self._flush_s = max(took_s, self._flush_s * 0.9)
-        return target, took_s
+        self._thread.post(self._flushed, target, time.monotonic() - started)
 
     def _sync(self, target: int) -> None:
         if self._directory_dirty:
@@ -321,11 +290,10 @@ class LogWriter:
     def trim(self) -> None:
         """Thread: gives back what was preallocated, after the last append: the next start has no zeros to look at."""
         self.flush()
-        with self._flushing:
-            segment = self._log.segments[-1]
-            if segment.file is not None and not self._pending:
-                self._space.seal(segment)
-                segment.file.fdatasync()
+        segment = self._log.segments[-1]
+        if segment.file is not None and not self._pending:
+            self._space.seal(segment)
+            segment.file.fdatasync()
 
     def close(self) -> None:
         """Closes the files that are open for writing. After the thread's end."""

@@ -12,7 +12,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import partial
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -46,18 +45,6 @@ class StoreThread:
     def run_later(self, delay_s: float, job: Callable[[], None]) -> None:
         """Runs `job` after a while."""
         self._loop.call_later(delay_s, self.run, job)
-
-    def run_here(self, job: Callable[[], None]) -> None:
-        """Runs `job` on the loop when this turn of it is over. Fails as in `run`: the thread ends too."""
-
-        def run() -> None:
-            try:
-                job()
-            except Exception as error:
-                self._failed(error)
-                self.run(partial(_raise, error))
-
-        self._loop.call_soon(run)
 
     def run_steps(self, steps: Iterator[None]) -> None:
         """Runs `steps` between urgent jobs, in turn with other background jobs."""
@@ -153,7 +140,3 @@ def _set_result(future: asyncio.Future[T], result: T) -> None:
 def _set_exception(future: asyncio.Future[T], error: Exception) -> None:
     if not future.done():
         future.set_exception(error)
-
-
-def _raise(error: Exception) -> None:
-    raise error

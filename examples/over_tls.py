@@ -26,6 +26,6 @@ if __name__ == "__main__":
     try:
         asyncio.run(main(*sys.argv[1:]))
     except kitemq.BrokerUnavailableError as error:
-        sys.exit(f"{error.message} How to start one with TLS: docs/operations.md")
+        sys.exit(f"{error.message} (with TLS: docs/operations.md)")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -6,9 +6,9 @@ Source: the split into API, accumulator and sender is aiokafka's.
 from __future__ import annotations
 
 import asyncio
+import struct
 from collections import deque
 from collections.abc import Iterable
-from struct import Struct
 from typing import TYPE_CHECKING, NamedTuple
 
 from kitemq.errors import KiteMQError
@@ -93,6 +93,11 @@ class Entry:
         return self.wish is not ANY_QUEUE
 
 
+def count_messages(entries: Iterable[Entry]) -> int:
+    """How many messages the entries hold."""
+    return sum([len(entry.parts) for entry in entries])
+
+
 class QueueState:
     """One queue's waiting entries, and what the broker must be told about their order."""
 
@@ -131,7 +136,7 @@ class QueueState:
     def keep(self, entries: Iterable[Entry]) -> None:
         """Only these wait from now on."""
         self.pending = deque(entries)
-        self.message_count = sum([len(entry.parts) for entry in self.pending])
+        self.message_count = count_messages(self.pending)
 
     def take(self, bytes_left: int, messages_left: int) -> tuple[list[Entry], int, int]:
         """The next entries for one batch: at least one, then as many as fit. Returns them, their messages and bytes."""
@@ -163,7 +168,7 @@ class QueueState:
     def put_back(self, entries: list[Entry]) -> None:
         """Entries that must be sent again, in order, before everything that waits."""
         self.pending.extendleft(reversed(entries))
-        self.message_count += sum([len(entry.parts) for entry in entries])
+        self.message_count += count_messages(entries)
         self.resume = True
 
 
@@ -193,7 +198,7 @@ class BatchEncoder:
         count = len(sizes)
         records_bytes = sum(sizes) + FRAME_BYTES * count
         pieces[2] = b"\x1a" + varint(records_bytes)
-        tail = length_delimited(0x22, Struct(f"<{count}I").pack(*sizes))
+        tail = length_delimited(0x22, struct.pack(f"<{count}I", *sizes))
         if state.resume:
             tail += b"\x28\x01"
             state.resume = False

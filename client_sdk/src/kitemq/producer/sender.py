@@ -28,7 +28,14 @@ from kitemq.errors import (
     error_from_stream,
 )
 from kitemq.message import MessageQueue
-from kitemq.producer.accumulator import BATCH_MESSAGES_MAX, REQUEST_BYTES_MAX, BatchEncoder, Entry, QueueState
+from kitemq.producer.accumulator import (
+    BATCH_MESSAGES_MAX,
+    REQUEST_BYTES_MAX,
+    BatchEncoder,
+    Entry,
+    QueueState,
+    count_messages,
+)
 from kitemq.proto.v1 import broker_pb2
 from kitemq.protocol.names import REQUEST_BATCHES_MAX, REQUEST_MESSAGES_MAX
 from kitemq.rpc import Channels
@@ -325,7 +332,7 @@ class BrokerSender:
         elapsed_s = monotonic() - request.sent_at
         for (state, entries), batch in zip(request.batches, result.batches, strict=True):
             state.in_flight -= 1
-            self._in_flight_messages -= sum([len(entry.parts) for entry in entries])
+            self._in_flight_messages -= count_messages(entries)
             if batch.HasField("error"):
                 self._refused(state, entries, batch.error)
             else:
